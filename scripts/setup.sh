@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Make .venv and install VARL into it. Does nothing when nothing changed. pip is enough; uv is used to be quick when pip can fetch it.
+#   EXTRAS=dev|demo|words   what to install (default: dev)      PYTHON=python3.12   which interpreter
+set -euo pipefail
+cd "$(dirname "$0")/.."
+py=${PYTHON:-python3} extras=${EXTRAS:-dev} venv=.venv
+want=$(cat pyproject.toml constraints.txt scripts/setup.sh <(echo "$extras $PWD") | sha256sum)
+if [ "$(cat $venv/.installed 2>/dev/null)" != "$want" ]; then
+  "$py" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "VARL needs Python 3.11 or newer; $py is $("$py" -V). Set PYTHON=python3.12, say." >&2; exit 2; }
+  [ -x $venv/bin/python ] || "$py" -m venv $venv
+  vpy=$venv/bin/python
+  # a local folder of wheels, if this machine's pip is set up with one (uv does not read pip's settings)
+  links=${PIP_FIND_LINKS:-$("$vpy" -m pip config get :env:.find-links 2>/dev/null || "$vpy" -m pip config get global.find-links 2>/dev/null || true)}
+  if "$vpy" -m pip install -q --disable-pip-version-check "uv>=0.9,<1" 2>/dev/null; then
+    [ -z "$links" ] || export UV_FIND_LINKS="$links"
+    "$vpy" -m uv pip install -q --python "$vpy" -c constraints.txt -e ".[$extras]"
+  else
+    "$vpy" -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$extras]"
+  fi
+  echo "$want" > $venv/.installed
+fi
+# Tesseract's language data is a 4 MB system package. Without it VARL falls back to the OCR engine that pip brings, and says so.
+if ! ls "${TESSDATA_PREFIX:-/nonexistent}"/eng.traineddata /usr/share/tesseract-ocr/*/tessdata/eng.traineddata /usr/share/tessdata/eng.traineddata >/dev/null 2>&1; then
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    echo "installing tesseract-ocr-eng (language data of the OCR reward)"
+    (apt-get install -y -qq tesseract-ocr-eng || { apt-get update -qq && apt-get install -y -qq tesseract-ocr-eng; }) >/dev/null 2>&1 ||
+      echo "could not install tesseract-ocr-eng: the reward will use RapidOCR, which is slower" >&2
+  else
+    echo "Tesseract's English data is missing; the reward will use RapidOCR, which is slower. To mend: apt-get install tesseract-ocr-eng" >&2
+  fi
+fi

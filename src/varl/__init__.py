@@ -1,0 +1,1 @@
+"""VARL: reinforcement-learning post-training for visual autoregressive image generators."""

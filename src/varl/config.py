@@ -1,0 +1,397 @@
+"""Every knob of a run: frozen dataclasses, no torch. Composed, never inherited; each field has one home, and says its unit and source."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from varl.errors import ConfigError
+
+# ---- models -------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextConfig:
+    """A learned character encoder. The picture's tokens look at the characters through cross-attention."""
+
+    alphabet: str = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    """Characters that a prompt may hold; a space separates words and `|` regions, and both are always understood."""
+    styles: tuple[str, ...] = ()
+    """Closed vocabulary of attributes (fonts, palettes) that a prompt may name."""
+    max_length: int = 24
+    """Longest prompt, in characters."""
+    layers: int = 1
+    """Self-attention layers over the characters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerConfig:
+    """Multi-scale residual VQ of VAR (arXiv 2404.02905)."""
+
+    vocab: int = 4096
+    channels: int = 32
+    """Of a code vector (VAR's z_channels)."""
+    width: int = 160
+    """Base width of encoder and decoder (VAR's ch)."""
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    """Width per level; each level after the first halves the picture."""
+    blocks: int = 2
+    shared_phi: int = 4
+    """How many residual convolutions the scales share: 0 is one each, 1 is one for all."""
+    phi_ratio: float = 0.5
+    """Share of the convolution in phi (VAR's quant_resi)."""
+    attention: bool = True
+    """Self-attention at the coarsest level, as released. Small fast tokenizers do without."""
+    patch: int = 1
+    """Pixels per side folded into channels before the first convolution; 1 as released. 4 puts every convolution on the token grid."""
+
+    @property
+    def stride(self) -> int:
+        """Pixels per token and side."""
+        return self.patch * 2 ** (len(self.multipliers) - 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NextScaleConfig:
+    """VAR's transformer, class-conditional as released, or reading characters."""
+
+    depth: int = 16
+    width: int = 1024
+    heads: int = 16
+    grids: tuple[tuple[int, int], ...] = tuple((n, n) for n in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
+    """(h, w) of each scale, coarse to fine; need not be square."""
+    mlp_ratio: float = 4.0
+    shared_adaln: bool = False
+    """One AdaLN projection for all blocks (VAR-d36)."""
+    attn_l2_norm: bool = True
+    num_classes: int | None = None
+    """Class-conditional, if set."""
+    text: TextConfig | None = None
+    """Text-conditional, if set."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+
+    def __post_init__(self) -> None:
+        if not self.grids or any(min(grid) < 1 for grid in self.grids):
+            raise ConfigError(f"model.grids={list(self.grids)}: every scale needs at least 1x1 token. Give (h, w) pairs, coarse to fine.")
+        if any(a[0] > b[0] or a[1] > b[1] for a, b in zip(self.grids, self.grids[1:], strict=False)):
+            raise ConfigError(f"model.grids={list(self.grids)}: a later scale is smaller than an earlier one. Order them coarse to fine.")
+        if self.width % self.heads:
+            raise ConfigError(f"model.width={self.width} is no multiple of model.heads={self.heads}. Change one of the two.")
+        if (self.num_classes is None) == (self.text is None):
+            raise ConfigError("model: set exactly one of num_classes (class-conditional) and text (text-conditional).")
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        stride = self.tokenizer.stride
+        return self.grids[-1][0] * stride, self.grids[-1][1] * stride
+
+
+# ---- laws ---------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LawConfig:
+    """How logits become the distribution of a token: guidance, temperature, top-k, top-p, in that order."""
+
+    cfg_scale: tuple[float, ...] = (1.0,)
+    """Guidance uncond + s * (cond - uncond); one value per step, or one for all. 1 is none and costs nothing."""
+    temperature: float = 1.0
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens with this much probability; 1 keeps all."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ConfigError(f"law.temperature={self.temperature}: must be above 0. For greedy decoding set top_k=1.")
+        if self.top_k < 0:
+            raise ConfigError(f"law.top_k={self.top_k}: must be 0 (keep all) or more.")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"law.top_p={self.top_p}: must lie in (0, 1]; 1 keeps all tokens.")
+
+    @property
+    def guided(self) -> bool:
+        return any(scale != 1.0 for scale in self.cfg_scale)
+
+    def guidance(self, step: int) -> float:
+        """cfg_scale of one step."""
+        return self.cfg_scale[0] if len(self.cfg_scale) == 1 else self.cfg_scale[step]
+
+
+def var_guidance(cfg: float, steps: int) -> tuple[float, ...]:
+    """VAR's ramp as `cfg_scale`: 1 + cfg * i / (S - 1) at step i, none at the first."""
+    return tuple(1.0 + cfg * i / max(steps - 1, 1) for i in range(steps))
+
+
+# ---- algorithms ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GRPOConfig:
+    """Group-relative policy optimisation (arXiv 2402.03300), with the names of TRL."""
+
+    num_generations: int = 16
+    """G, rollouts per prompt. The group is the baseline, so at least 2."""
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "dapo"
+    """Over what the token sum is divided: each picture's own tokens (grpo), a constant length (dr_grpo), all active tokens of the step
+    (dapo) or of the micro-batch (bnpo). Pictures have equal lengths, so they differ only where tokens are masked."""
+    importance_sampling_level: Literal["token", "step", "sequence"] = "token"
+    """What the clipped ratio spans: a token, the geometric mean of a step's tokens, or of all (GSPO)."""
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    """Upper clip, if it is another one (DAPO's clip-higher)."""
+    beta: float = 0.0
+    """KL weight to the reference model; 0 needs no reference."""
+    kl_estimator: Literal["analytic", "k1", "k2", "k3"] = "analytic"
+    """As a loss: analytic and k2 have the gradient of the reverse KL, k3 that of the forward KL, k1 none at all in expectation."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """By which standard deviation advantages are divided."""
+    num_iterations: int = 1
+    """Optimizer steps on each batch of rollouts."""
+    panw_alpha: float = 0.0
+    """PANW exponent, VAR-RL Eq. 9; 0 is plain GRPO."""
+    region_credit: bool = False
+    """Where the reward is a sum over text regions, give each region's own advantage to its own tokens."""
+    mask: Literal["none", "direct", "chained"] = "none"
+    """Mask propagation: only tokens under the judged boxes learn from the reward."""
+    mask_dilation: int = 1
+    """Cells of the finest grid by which boxes are widened, for masks and region credit."""
+    rollouts_per_chunk: int = 32
+    """Pictures drawn, judged and trained on together; while one chunk is judged the next is drawn."""
+
+    def __post_init__(self) -> None:
+        if self.num_generations < 2:
+            raise ConfigError(
+                f"grpo.num_generations={self.num_generations}: a group of one is its own baseline, every advantage is 0. Set it to 2 or more."
+            )
+        if self.importance_sampling_level not in ("token", "step", "sequence"):
+            raise ConfigError(f"grpo.importance_sampling_level={self.importance_sampling_level!r}: use token, step or sequence.")
+        if self.epsilon <= 0 or (self.epsilon_high is not None and self.epsilon_high <= 0):
+            raise ConfigError(f"grpo.epsilon={self.epsilon}, epsilon_high={self.epsilon_high}: the clip range must be above 0.")
+        if self.beta < 0:
+            raise ConfigError(f"grpo.beta={self.beta}: a negative KL weight pushes away from the reference. Set 0 or more.")
+        if self.num_iterations < 1:
+            raise ConfigError(f"grpo.num_iterations={self.num_iterations}: must be 1 or more.")
+        if self.panw_alpha < 0:
+            raise ConfigError(f"grpo.panw_alpha={self.panw_alpha}: must be 0 (plain) or more; 0.6 to 0.8 is the robust range.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MiddleStep:
+    """Where the prefix ends. Exactly one of the three is set."""
+
+    index: int | None = None
+    """The prefix is the first `index` steps."""
+    resolution: float | None = None
+    """... up to the last grid whose longer side is at most this share of the final grid's (the paper's m_256 of 1024 is 0.25)."""
+    token_share: float | None = None
+    """... as many steps as hold at most this share of all tokens (the paper's m_256 is 0.089)."""
+
+    def __post_init__(self) -> None:
+        if sum(value is not None for value in (self.index, self.resolution, self.token_share)) != 1:
+            raise ConfigError(f"middle_step={self}: set exactly one of index, resolution and token_share.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VARRLConfig:
+    """VAR RL Done Right (arXiv 2601.02256): two-stage GRPO with a value-as-middle-return prefix reward."""
+
+    grpo: GRPOConfig = GRPOConfig()
+    middle_step: MiddleStep = MiddleStep(resolution=0.25)
+    num_continuations: int = 1
+    """K, completions from each prefix. Measured: at equal scored images K = 1 is never worse."""
+    middle_return: Literal["mean", "log_mean_exp", "importance"] = "mean"
+    """mean is the unbiased full-horizon prefix gradient; log_mean_exp is the paper's Eq. 10; importance corrects it for a fixed old policy."""
+    eta: float = 1.0
+    """Temperature of the soft value."""
+    prefix_updates: int = 3
+    suffix_updates: int = 1
+    """The cycle: so many prefix updates, then so many suffix updates. 3:1 is the paper's fine, 300:100 its coarse alternation."""
+    tree_reuse: bool = False
+    """Also train the suffix on the K continuations of a prefix update, each against its siblings (needs K >= 2)."""
+    shared_prefix_baseline: bool = True
+    """Suffix updates draw all G continuations from one prefix, whose mean is the baseline."""
+    adapt_middle_step: bool = False
+    """Experiment: choose m so that the share of reward variance settled by step m is nearest 0.25."""
+
+    def __post_init__(self) -> None:
+        if self.num_continuations < 1:
+            raise ConfigError(f"var_rl.num_continuations={self.num_continuations}: a prefix needs at least 1 continuation to be judged.")
+        if self.eta <= 0:
+            raise ConfigError(f"var_rl.eta={self.eta}: the soft value's temperature must be above 0.")
+        if self.tree_reuse and self.num_continuations < 2:
+            raise ConfigError("var_rl.tree_reuse needs siblings as baseline: set num_continuations to 2 or more.")
+        if self.prefix_updates < 0 or self.suffix_updates < 0 or self.prefix_updates + self.suffix_updates == 0:
+            raise ConfigError(f"var_rl: a cycle of {self.prefix_updates} prefix and {self.suffix_updates} suffix updates trains nothing.")
+
+
+AlgorithmConfig = GRPOConfig | VARRLConfig
+
+# ---- data, rewards, training ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WordsConfig:
+    """Pictures of words, drawn here from real fonts."""
+
+    image_size: tuple[int, int] = (16, 64)
+    """(H, W) in pixels."""
+    fonts: tuple[str, ...] = ("sans", "serif", "mono")
+    """Names of the bundled faces, or paths of font files."""
+    palettes: tuple[str, ...] = ("ink", "night", "sea", "fire", "moss", "candy")
+    """Colour pairs, text on ground."""
+    word_list: str = "wonderwords"
+    """`wonderwords`, or the path of a text file with one word a line."""
+    letters: str = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    """Words with other letters are left out."""
+    min_length: int = 3
+    max_length: int = 5
+    heldout_share: float = 0.15
+    """Share of the words kept from pre-training and from RL, for evaluation. Split by hash, so it does not depend on the list's order."""
+    rl_share: float = 0.5
+    """Share of the other words kept from pre-training, for RL only."""
+    regions: tuple[float, ...] = (1.0,)
+    """Share of pictures with 1, 2, ... text regions; the paper's balance for 2 to 5 is (0, 0.2, 0.3, 0.3, 0.2)."""
+    jitter: int = 1
+    """Pixels by which a region may move."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FolderConfig:
+    """A user's own data: a folder with prompts.jsonl, and the pictures it names."""
+
+    path: str
+
+
+DataConfig = WordsConfig | FolderConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OCRConfig:
+    """Reads the pictures, and compares with the prompt's words."""
+
+    engine: Literal["auto", "tesseract", "rapidocr"] = "auto"
+    """auto is tesseract where its language data is found, else rapidocr, and says so."""
+    score: Literal["paper", "mixed", "exact", "ned"] = "mixed"
+    """paper is VAR-RL's Comp + Sim - Pen; mixed is half exact, half NED similarity, per region."""
+    workers: int = 1
+    """Reader processes."""
+    timeout: float = 20.0
+    """Seconds for one batch of one worker, after which it is replaced and its pictures are NaN."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PythonRewardConfig:
+    """Any callable (images [B, 3, H, W] in [0, 1], prompts) -> [B]."""
+
+    target: str
+    """module:function, or path.py:function."""
+
+
+RewardConfig = OCRConfig | PythonRewardConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightedReward:
+    reward: RewardConfig = OCRConfig()
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimConfig:
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonalised momentum for the matrices inside blocks, AdamW for the rest."""
+    lr: float = 1e-4
+    """AdamW's learning rate."""
+    muon_lr: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    schedule: Literal["constant", "linear"] = "constant"
+    """linear decays to 0 at the last step."""
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    every: int = 0
+    """Steps between held-out evaluations during training; 0 is never."""
+    samples: int = 128
+    seed: int = 1234
+    batch: int = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    steps: int = 100
+    """Optimizer updates (rollout batches; each has num_iterations optimizer steps)."""
+    max_seconds: float = 0.0
+    """Stop after so much time in training steps, counted over interruptions; 0 is no limit."""
+    prompts_per_step: int = 8
+    """P, over all ranks."""
+    rollouts_per_backward: int = 64
+    """Micro-batch. Changes memory, not results."""
+    optim: OptimConfig = OptimConfig()
+    ema_decay: float = 0.0
+    """0 keeps no moving average."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 is autocast around the model; weights, log-probs and optimizer stay fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    save_every: int = 20
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept besides the newest milestone."""
+    image_every: int = 10
+    """Steps between picture grids at fixed prompts and seeds."""
+    max_failed_rewards: float = 0.2
+    """Share of a step's pictures whose reward may fail before the run stops."""
+    idle_steps: int = 20
+    """Stop after so many steps in a row that taught nothing (all advantages 0)."""
+    shard: bool = False
+    """FSDP2 over the ranks, instead of a copy on each."""
+    compile: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """A post-training run, whole."""
+
+    name: str = "run"
+    model: str
+    """A model folder (config.yaml, model.safetensors, tokenizer.safetensors), or `bundled:NAME`."""
+    data: DataConfig = WordsConfig()
+    rewards: dict[str, WeightedReward] = field(default_factory=lambda: {"ocr": WeightedReward()})
+    algorithm: AlgorithmConfig = GRPOConfig()
+    sample_law: LawConfig = LawConfig()
+    score_law: LawConfig = LawConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PretrainConfig:
+    """A base model from scratch: tokenizer, then transformer."""
+
+    name: str = "base"
+    model: NextScaleConfig
+    data: DataConfig = WordsConfig()
+    pictures: int = 4096
+    """Distinct training pictures, rendered once."""
+    tokenizer_steps: int = 1000
+    tokenizer_batch: int = 32
+    tokenizer_lr: float = 3e-3
+    warmup_share: float = 0.2
+    """First part of the tokenizer's steps as a plain autoencoder, before its codebook is started from real residuals."""
+    steps: int = 1000
+    batch: int = 16
+    optim: OptimConfig = OptimConfig(name="muon", lr=3e-3, schedule="linear")
+    drop_prompt: float = 0.0
+    """Share of training prompts replaced by the empty prompt, for guidance."""
+    init: str | None = None
+    """Go on from this model folder: tokenizer kept, transformer trained on."""
+    max_seconds: float = 0.0
+    save_every: int = 200
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"

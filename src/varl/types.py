@@ -1,0 +1,266 @@
+"""All that crosses from one room to another: a prompt, what a policy did, how it was judged, what to learn from it.
+
+A picture is a trajectory of token actions laid out on steps. Letters: B rollouts, P prompts, G group, K completions, L image tokens, S steps
+(raster index, scale, or unmasking round), R text regions, V vocabulary, D width, H W pixels."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol, Self, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from varl.rng import Stream
+
+Box = tuple[float, float, float, float]
+"""x0, y0, x1, y1 in shares of the picture, 0 to 1, y downwards."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Region:
+    """A line of text that the picture shall show, and where, if that is known."""
+
+    text: str
+    box: Box | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What is asked of one picture. A policy reads the parts that its model was trained on, a reward the parts that it can check."""
+
+    text: str = ""
+    regions: tuple[Region, ...] = ()
+    style: tuple[str, ...] = ()
+    """Attributes from a closed vocabulary: a font, a palette."""
+    label: int | None = None
+    image: str | None = None
+    """Path of a reference picture."""
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words that a reader should find, region by region."""
+        return tuple(word for region in self.regions for word in region.text.split())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Where the tokens of a picture lie. Next-scale: one grid per step; raster and masked: one grid, many steps."""
+
+    grids: tuple[tuple[int, int], ...]
+    """(h, w) in tokens, coarse to fine."""
+    steps: int
+    """S: how many times the policy acts before the picture is done."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(h * w for h, w in self.grids)
+
+    def cells(self) -> Float[Tensor, "L 4"]:
+        """The box of each token in shares of the picture (x0, y0, x1, y1), grid after grid, row by row."""
+        rows = []
+        for h, w in self.grids:
+            y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+            rows.append(torch.stack([x / w, y / h, (x + 1) / w, (y + 1) / h], -1).reshape(-1, 4))
+        return torch.cat(rows).float()
+
+
+class _Batch:
+    """Row selection shared by the batch types: every tensor and tuple field whose first axis is B."""
+
+    __slots__ = ()
+
+    def rows(self, index: Sequence[int]) -> Self:
+        at = torch.as_tensor(list(index), dtype=torch.long)
+
+        def pick(value: Any) -> Any:
+            match value:
+                case Tensor():
+                    return value[at.to(value.device)]
+                case tuple():
+                    return tuple(value[i] for i in index)
+                case _Batch():
+                    return value.rows(index)
+                case dict():
+                    return {name: pick(part) for name, part in value.items()}
+            return value
+
+        return replace(self, **{f.name: pick(getattr(self, f.name)) for f in fields(self) if not f.metadata.get("whole")})  # type: ignore[type-var]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout(_Batch):
+    """What the policy did on B prompts, and all it needs to score it again."""
+
+    prompts: tuple[Prompt, ...]
+    actions: Tensor
+    """Family-private: ids [B, L], bits [B, L, d], denoising paths [B, L, N+1, d]."""
+    logp: Float[Tensor, "B L"]
+    """Nats, under the law that is scored; what `Policy.score` must give again before the first update."""
+    step: Int[Tensor, "B L"]
+    """The step that chose the token."""
+    sampled: Bool[Tensor, "B L"]
+    """False where the token was given and not chosen: a shared prefix."""
+    index: Int[Tensor, " B"]
+    """Global sample index, the row's random address."""
+    sample_logp: Float[Tensor, "B L"] | None = None
+    """Nats, under the law that was drawn from, where that is another one."""
+    context: Tensor | None = None
+    """Teacher-forced inputs (VA-pi), where they are not the actions."""
+    state: Any = field(default=None, metadata={"whole": True}, repr=False)
+    """What a branching policy needs to go on from here: its caches, of exactly these rows."""
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def rows(self, index: Sequence[int]) -> "Rollout":
+        return replace(_Batch.rows(self, index), state=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score(_Batch):
+    """A rollout under the policy as it is now."""
+
+    logp: Float[Tensor, "B L"]
+    """Differentiable; nats; fp32."""
+    entropy: Float[Tensor, "B L"]
+    """Of the law each token was scored under; nats; no gradient."""
+    ref_logp: Float[Tensor, "B L"] | None = None
+    """Of the reference model, where there is one."""
+    kl: Float[Tensor, "B L"] | None = None
+    """Analytic KL(policy || reference) of each token's law, differentiable, where there is a reference."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A piece of text that a reader saw in a picture."""
+
+    text: str
+    confidence: float
+    """0 to 1."""
+    box: Box
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement(_Batch):
+    """How good B pictures are, and where. NaN is a judgement that failed; it is not a bad picture."""
+
+    value: Float[Tensor, " B"]
+    parts: dict[str, Float[Tensor, " B"]] = field(default_factory=dict)
+    """Named components before weights, each in its own unit, for the metrics."""
+    region_value: Float[Tensor, "B R"] | None = None
+    """Where `value` is a sum over regions: each region's share. NaN pads pictures with fewer regions."""
+    region_box: Float[Tensor, "B R 4"] | None = None
+    """The region's box, in shares of the picture; NaN where there is none."""
+    found: tuple[tuple[Found, ...], ...] | None = None
+    """What was read in each picture."""
+
+
+RewardFn = Callable[[Float[Tensor, "B 3 H W"], Sequence[Prompt]], Float[Tensor, " B"] | Judgement]
+"""Pixels in [0, 1] and prompts in, one float each out (NaN: failed), or a Judgement if it can say where."""
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """A reward that is asked now and answers later, so that the next pictures are drawn meanwhile."""
+
+    def submit(self, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt]) -> "Future[Judgement]": ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainBatch(_Batch):
+    """What to learn from B rollouts: the objective is the sum over tokens of weight * surrogate(advantage) - beta * kl_weight * KL."""
+
+    rollout: Rollout
+    advantage: Float[Tensor, "B L"]
+    """Per token, because credit may be local (a text region's own advantage)."""
+    weight: Float[Tensor, "B L"]
+    """Stage x PANW x mask; 0 where nothing is to be learned from the reward."""
+    kl_weight: Float[Tensor, "B L"]
+    judgement: Judgement
+    size: Float[Tensor, " B"]
+    """Each row's share of the denominator: the loop divides the gradient once, by the sum of sizes over all pieces and ranks."""
+    stage: str = field(default="all", metadata={"whole": True})
+    """all, prefix or suffix."""
+    metrics: Mapping[str, float] = field(default_factory=dict, metadata={"whole": True})
+
+    def __len__(self) -> int:
+        return len(self.rollout)
+
+    def split(self, rollouts: int) -> "list[TrainBatch]":
+        """Pieces of at most `rollouts` rows. The pieces' metrics are those of the whole."""
+        return [self.rows(range(i, min(i + rollouts, len(self)))) for i in range(0, len(self), rollouts)]
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """A model and its tokenizer, as something that acts, scores what it did, and shows it."""
+
+    module: nn.Module
+    """What is trained; every parameter that requires grad."""
+    layout: Layout
+
+    def rollout(self, prompts: Sequence[Prompt], rng: Stream) -> Rollout:
+        """Draw one picture per prompt from the sample law. No grad."""
+        ...
+
+    def score(self, rollout: Rollout) -> Score:
+        """Score it under the score law. Costs only the tokens that the rollout holds."""
+        ...
+
+    def decode(self, rollout: Rollout) -> Float[Tensor, "B 3 H W"]:
+        """Pixels in [0, 1]. No grad."""
+        ...
+
+
+@runtime_checkable
+class BranchingPolicy(Policy, Protocol):
+    """What VMR needs: stop half-way, and finish the same picture several times."""
+
+    def prefix(self, prompts: Sequence[Prompt], rng: Stream, *, steps: int) -> Rollout:
+        """The first `steps` steps; the rollout holds only their tokens, and the state to go on from."""
+        ...
+
+    def complete(self, prefix: Rollout, rng: Stream) -> Rollout:
+        """Whole pictures: `len(rng)` of them, len(rng) / B from each row of the prefix, side by side; given tokens are not `sampled`."""
+        ...
+
+
+@runtime_checkable
+class TeacherForcedPolicy(Policy, Protocol):
+    """What VA-pi needs: read a real picture, and draw every token from the same (noised) context."""
+
+    def encode(self, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt]) -> Rollout:
+        """The pictures' own tokens as given actions, scored; nothing in it is `sampled`."""
+        ...
+
+    def draw(self, given: Rollout, rng: Stream, *, prefix_noise: float) -> Rollout:
+        """`len(rng)` draws, len(rng) / B of them sharing each row's context."""
+        ...
+
+
+@runtime_checkable
+class RedrawingPolicy(Policy, Protocol):
+    """What MAR-GRPO needs: draw the same tokens again from the same latents."""
+
+    def redraw(self, rollout: Rollout, rng: Stream) -> Rollout:
+        """`len(rng)` further denoising paths, len(rng) / B for each row."""
+        ...
+
+
+@runtime_checkable
+class Algorithm(Protocol):
+    """Who gets how much credit. The loop is blind to which one it is."""
+
+    num_iterations: int
+    """Optimizer steps on each batch of rollouts; 1 is strictly on-policy."""
+
+    def collect(self, policy: Policy, prompts: Sequence[Prompt], judge: Judge, rng: Stream, step: int) -> Iterator[TrainBatch]:
+        """Act, judge, give credit: no grad. Yields a piece as soon as it can be trained on, while later pieces are still being judged.
+        `rng` has one row per prompt; the policy is not changed before the last piece was taken."""
+        ...
+
+    def objective(self, policy: Policy, batch: TrainBatch) -> tuple[Float[Tensor, ""], dict[str, float]]:
+        """The sum to be maximised, not yet divided by size, and its metrics."""
+        ...
