@@ -1,0 +1,239 @@
+"""A folder of weights that is there whole or not at all: written beside its place, hashed, flushed to disk, and then renamed."""
+
+import difflib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from varl.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+_SHOWN = 8
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+# ---- model folders --------------------------------------------------------------------------------------------------------------------
+
+
+def save_model(path: Path | str, config: str, files: Mapping[str, Mapping[str, Tensor]], notes: Mapping[str, Any]) -> Path:
+    """A model folder at `path`: config.yaml (the text `config`), NAME.safetensors of each state dict, notes.json, and manifest.json with
+    the hash of each. A folder that stood there is replaced, as a whole."""
+    parts: dict[str, bytes | Mapping[str, Tensor]] = {f"{name}.safetensors": tensors for name, tensors in files.items()}
+    parts["config.yaml"] = config.encode()
+    parts["notes.json"] = json.dumps(notes, indent=2).encode()
+    return write_folder(Path(path), parts)
+
+
+def load_config(path: Path | str) -> str:
+    """The YAML text of a model folder's config."""
+    return read_part(Path(path), "config.yaml").decode()
+
+
+def load_notes(path: Path | str) -> dict[str, Any]:
+    """What was noted when the model folder was saved."""
+    return json.loads(read_part(Path(path), "notes.json"))
+
+
+def load_tensors(path: Path | str, name: str) -> dict[str, Tensor]:
+    """NAME.safetensors of a model folder, on the CPU, after its hash was found to be that of the manifest."""
+    file = Path(path) / f"{name}.safetensors"
+    problems = damage(Path(path), [file.name])
+    if problems:
+        raise CheckpointError(f"{path}: {'; '.join(problems)}. Copy or save the model folder again.")
+    return read_tensors(file)
+
+
+def strict_load(module: nn.Module, state_dict: Mapping[str, Tensor], where: str) -> None:
+    """Fills `module` with `state_dict`, every name and shape accounted for; `where` says in an error whence the tensors came."""
+    have, want = dict(state_dict), module.state_dict()
+    missing = [name for name in want if name not in have]
+    unexpected = [name for name in have if name not in want]
+    shapes = [name for name in want if name in have and want[name].shape != have[name].shape]
+    if missing or unexpected or shapes:
+        lines = [f"{where}: the weights do not fit {type(module).__name__}."]
+        lines += _listed("missing", [f"`{name}`{_nearest(name, unexpected)}" for name in missing])
+        lines += _listed("unexpected", [f"`{name}`{_nearest(name, missing)}" for name in unexpected])
+        lines += _listed(
+            "of another shape", [f"`{name}` {list(have[name].shape)}, the model has {list(want[name].shape)}" for name in shapes]
+        )
+        lines.append("Load them with the config that they were saved with, or convert them first.")
+        raise CheckpointError("\n".join(lines))
+    module.load_state_dict(have)
+
+
+def _listed(title: str, entries: list[str]) -> list[str]:
+    if not entries:
+        return []
+    more = [f"    ... and {len(entries) - _SHOWN} more"] if len(entries) > _SHOWN else []
+    return [f"  {title} ({len(entries)}):", *(f"    {entry}" for entry in entries[:_SHOWN]), *more]
+
+
+def _nearest(name: str, others: list[str]) -> str:
+    near = difflib.get_close_matches(name, others, n=1, cutoff=0.6)
+    return f" (nearest on the other side: `{near[0]}`)" if near else ""
+
+
+# ---- any folder -----------------------------------------------------------------------------------------------------------------------
+
+
+def write_folder(path: Path, parts: Mapping[str, bytes | Mapping[str, Tensor]]) -> Path:
+    """`path` as a folder of these files and a manifest of their hashes. Tensors are written as safetensors. Until the last moment all of it
+    lies in `path`.tmp-PID; if the disk fails, that is removed and what stood at `path` before still stands."""
+    beside, aside = (path.with_name(f"{path.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        manifest = {}
+        for name, part in parts.items():
+            digest = write_bytes(beside / name, part) if isinstance(part, bytes) else write_tensors(beside / name, part)
+            manifest[name] = {"sha256": digest, "bytes": (beside / name).stat().st_size}
+        write_bytes(beside / MANIFEST, json.dumps(manifest, indent=2).encode())
+        _sync(beside)
+        if path.exists():
+            path.rename(aside)
+        beside.rename(path)
+        _sync(path.parent)
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise CheckpointError(_full(path, parts, error)) from error
+    shutil.rmtree(aside, ignore_errors=True)
+    return path
+
+
+def remove_leftovers(folder: Path) -> list[str]:
+    """Names of the half-written folders of dead processes in `folder`, which are removed; a folder that such a process had put aside, to
+    replace it, is put back. This process must not be writing there."""
+    gone = []
+    for left in sorted(folder.glob("*.*-*")):
+        name, _, kind_and_pid = left.name.rpartition(".")
+        kind, _, pid = kind_and_pid.partition("-")
+        if kind not in ("tmp", "old") or not pid.isdigit() or (int(pid) != os.getpid() and process_lives(int(pid))):
+            continue
+        if kind == "old" and not (folder / name).exists():
+            left.rename(folder / name)
+        else:
+            shutil.rmtree(left)
+        gone.append(left.name)
+    return gone
+
+
+def process_lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def damage(path: Path, names: Iterable[str] | None = None) -> list[str]:
+    """What is wrong with the folder's files (or those of them in `names`) when held against its manifest; empty if nothing is."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+    except (OSError, ValueError) as error:
+        return [f"{MANIFEST} cannot be read ({type(error).__name__})"]
+    problems = []
+    for name in manifest if names is None else names:
+        file = path / name
+        if not file.is_file() or name not in manifest:
+            problems.append(f"{name} is missing")
+        elif file.stat().st_size != manifest[name]["bytes"]:
+            problems.append(f"{name} has {file.stat().st_size} bytes where {manifest[name]['bytes']} were written")
+        elif _sha256(file) != manifest[name]["sha256"]:
+            problems.append(f"{name} is not what was written (its sha256 differs)")
+    return problems
+
+
+# ---- single files ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_bytes(file: Path, data: bytes) -> str:
+    """sha256 of what was written, and flushed to the disk."""
+    with file.open("wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+    return hashlib.sha256(data).hexdigest()
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of the safetensors file that was written, and flushed to the disk. One tensor at a time passes through memory."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # widest dtype first keeps every tensor aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        tensor, start = tensors[name], end
+        end += tensor.numel() * tensor.dtype.itemsize
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with file.open("wb") as out:
+        for piece in (len(text).to_bytes(8, "little"), text):
+            digest.update(piece)
+            out.write(piece)
+        for name in order:
+            data = memoryview(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+            digest.update(data)
+            out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+    return digest.hexdigest()
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """A safetensors file, on the CPU, each tensor in memory of its own."""
+    try:
+        return {name: tensor.clone() for name, tensor in load_file(file).items()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: cannot be read as safetensors ({error}). Is it there, and was it copied whole?") from error
+
+
+def read_part(path: Path, name: str) -> bytes:
+    try:
+        return (path / name).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {name} cannot be read ({error.strerror}). Is this a folder that VARL saved?") from error
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _full(path: Path, parts: Mapping[str, bytes | Mapping[str, Tensor]], error: OSError) -> str:
+    needed = sum(len(p) if isinstance(p, bytes) else sum(t.numel() * t.dtype.itemsize for t in p.values()) for p in parts.values())
+    standing = next(folder for folder in path.absolute().parents if folder.exists())
+    free = shutil.disk_usage(standing).free
+    return (
+        f"{path}: cannot be written ({error.strerror}). It needs {needed:,} bytes; {free:,} are free in {standing}. "
+        "What was saved before is whole. Make room there, or choose another folder, and run the same command again."
+    )
