@@ -1,0 +1,1 @@
+"""Who gets how much credit. One idea of one paper per file; maths first, class last."""
