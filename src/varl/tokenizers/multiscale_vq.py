@@ -1,0 +1,285 @@
+"""VAR's multi-scale residual VQ (arXiv 2404.02905): a picture is a sum over scales of code maps, each up-sampled to the full grid.
+
+    f_hat_t = f_hat_{t-1} + phi_t(up(code_t))        up: bicubic, phi_t(h) = (1 - r) h + r conv3x3(h)
+    input of scale t+1 = down(f_hat_t)               down: area
+
+Module names are those of the released checkpoint. Pictures are [-1, 1] inside, as trained; `policies` converts."""
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from math import gcd
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from varl.config import TokenizerConfig
+
+Grid = tuple[int, int]
+
+
+def norm(width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(gcd(32, width), width, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = norm(before), nn.Conv2d(before, after, 3, padding=1)
+        self.norm2, self.conv2 = norm(after), nn.Conv2d(after, after, 3, padding=1)
+        self.nin_shortcut = nn.Identity() if before == after else nn.Conv2d(before, after, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class Attention(nn.Module):
+    """One head over all positions."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.proj_out = norm(width), nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, -1)
+        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return x + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class Down(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Up(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, with attention after each where asked, and then the change of resolution."""
+
+    def __init__(self, before: int, after: int, blocks: int, attention: bool, resample: nn.Module | None, name: str) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(before if i == 0 else after, after) for i in range(blocks))
+        self.attn = nn.ModuleList(Attention(after) for _ in range(blocks if attention else 0))
+        self.resample = name
+        if resample is not None:
+            self.add_module(name, resample)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return getattr(self, self.resample)(x) if hasattr(self, self.resample) else x
+
+
+class Middle(nn.Module):
+    def __init__(self, width: int, attention: bool) -> None:
+        super().__init__()
+        self.block_1, self.block_2 = ResBlock(width, width), ResBlock(width, width)
+        self.attn_1 = Attention(width) if attention else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        widths = [config.width * m for m in config.multipliers]
+        last = len(widths) - 1
+        self.patch = config.patch
+        self.conv_in = nn.Conv2d(3 * config.patch**2, config.width, 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(
+                ([config.width, *widths])[i],
+                widths[i],
+                config.blocks,
+                config.attention and i == last,
+                Down(widths[i]) if i < last else None,
+                "downsample",
+            )
+            for i in range(len(widths))
+        )
+        self.mid = Middle(widths[-1], config.attention)
+        self.norm_out, self.conv_out = norm(widths[-1]), nn.Conv2d(widths[-1], config.channels, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
+        x = self.conv_in(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        widths = [config.width * m for m in config.multipliers]
+        last = len(widths) - 1
+        self.patch = config.patch
+        self.conv_in = nn.Conv2d(config.channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], config.attention)
+        self.up = nn.ModuleList(
+            Level(
+                widths[min(i + 1, last)],
+                widths[i],
+                config.blocks + 1,
+                config.attention and i == last,
+                Up(widths[i]) if i > 0 else None,
+                "upsample",
+            )
+            for i in range(len(widths))
+        )
+        self.norm_out, self.conv_out = norm(widths[0]), nn.Conv2d(widths[0], 3 * config.patch**2, 3, padding=1)
+
+    def forward(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return F.pixel_shuffle(x, self.patch) if self.patch > 1 else x
+
+
+class Phi(nn.Conv2d):
+    def __init__(self, channels: int, ratio: float) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+        self.ratio = abs(ratio)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h * (1 - self.ratio) + super().forward(h) * self.ratio
+
+
+class SharedPhis(nn.Module):
+    def __init__(self, phis: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.qresi_ls = nn.ModuleList(phis)
+
+
+class SharedPhi(nn.Module):
+    def __init__(self, phi: nn.Module) -> None:
+        super().__init__()
+        self.qresi = phi
+
+
+def phi_index(scale: int, scales: int, phis: int) -> int:
+    """Which of the shared convolutions a scale uses: the nearest tick to its place in [0, 1]."""
+    margin = 1 / 3 / phis if phis == 4 else 1 / 2 / phis
+    ticks = torch.linspace(margin, 1 - margin, phis, dtype=torch.float64)
+    return int((ticks - scale / max(scales - 1, 1)).abs().argmin())
+
+
+class Quantizer(nn.Module):
+    def __init__(self, config: TokenizerConfig, grids: Sequence[Grid]) -> None:
+        super().__init__()
+        self.grids = tuple(grids)
+        self.embedding = nn.Embedding(config.vocab, config.channels)
+        count = config.shared_phi or len(self.grids)
+        phis = [Phi(config.channels, config.phi_ratio) if config.phi_ratio else nn.Identity() for _ in range(count)]
+        match config.shared_phi:
+            case 0:
+                self.quant_resi = nn.ModuleList(phis)
+            case 1:
+                self.quant_resi = SharedPhi(phis[0])
+            case _:
+                self.quant_resi = SharedPhis(phis)
+        self._phis = tuple(phi_index(i, len(self.grids), count) for i in range(len(self.grids)))
+
+    def phi(self, scale: int) -> nn.Module:
+        match self.quant_resi:
+            case nn.ModuleList():
+                return self.quant_resi[self._phis[scale]]
+            case SharedPhi():
+                return self.quant_resi.qresi
+        return self.quant_resi.qresi_ls[self._phis[scale]]
+
+    def nearest(self, z: Float[Tensor, "n C"]) -> Int[Tensor, " n"]:
+        codes = self.embedding.weight
+        return (codes.square().sum(1) - 2 * z @ codes.T).argmin(1)
+
+    def contribution(self, codes: Float[Tensor, "B n C"], scale: int) -> Float[Tensor, "B C h w"]:
+        """What one scale's code vectors add to f_hat."""
+        h = codes.transpose(1, 2).unflatten(2, self.grids[scale])
+        if scale < len(self.grids) - 1:
+            h = F.interpolate(h, size=self.grids[-1], mode="bicubic")
+        return self.phi(scale)(h)
+
+    def next_input(self, f_hat: Float[Tensor, "B C h w"], scale: int) -> Float[Tensor, "B n C"]:
+        """What the transformer sees at `scale`, given the sum of all coarser ones."""
+        return F.interpolate(f_hat, size=self.grids[scale], mode="area").flatten(2).transpose(1, 2)
+
+
+class MultiScaleVQ(nn.Module):
+    def __init__(self, config: TokenizerConfig, grids: Sequence[Grid]) -> None:
+        super().__init__()
+        self.config, self.grids = config, tuple(grids)
+        self.ends = tuple(accumulate(h * w for h, w in self.grids))
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quantize = Quantizer(config, grids)
+        self.quant_conv = nn.Conv2d(config.channels, config.channels, 3, padding=1)
+        self.post_quant_conv = nn.Conv2d(config.channels, config.channels, 3, padding=1)
+
+    def features(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
+        """What is quantised; images in [-1, 1]."""
+        return self.quant_conv(self.encoder(images))
+
+    def residual_codes(self, f: Float[Tensor, "B C h w"]) -> tuple[Int[Tensor, "B L"], list[Tensor], list[Tensor]]:
+        """Ids of all scales, f_hat after each, and the vectors [B*n, C] that were looked up at each."""
+        f_hat, ids, sums, asked = torch.zeros_like(f), [], [], []
+        for scale, grid in enumerate(self.grids):
+            rest = f - f_hat
+            z = rest if scale == len(self.grids) - 1 else F.interpolate(rest, size=grid, mode="area")
+            z = z.flatten(2).transpose(1, 2)
+            asked.append(z.flatten(0, 1))
+            ids.append(self.quantize.nearest(asked[-1]).view(len(f), -1))
+            f_hat = f_hat + self.quantize.contribution(self.quantize.embedding(ids[-1]), scale)
+            sums.append(f_hat)
+        return torch.cat(ids, 1), sums, asked
+
+    def encode(self, images: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B L"]:
+        """Token ids of pictures in [-1, 1], scales concatenated."""
+        return self.residual_codes(self.features(images))[0]
+
+    def split(self, ids: Tensor) -> list[Tensor]:
+        """[B, L, ...] into one piece per scale that is there."""
+        return [ids[:, a:b] for a, b in pairwise((0, *self.ends)) if b <= ids.shape[1]]
+
+    def partial_sums(self, codes: Sequence[Float[Tensor, "B n C"]]) -> list[Float[Tensor, "B C h w"]]:
+        """f_hat after each of the given scales."""
+        return list(accumulate(self.quantize.contribution(c, scale) for scale, c in enumerate(codes)))
+
+    def inputs(self, ids: Int[Tensor, "B l"]) -> Float[Tensor, "B m C"]:
+        """Teacher-forcing inputs of scales 2 .. as many as `ids` holds: [B, l - n_1, C]."""
+        scales = [self.quantize.embedding(part) for part in self.split(ids)]
+        sums = self.partial_sums(scales[:-1])
+        parts = [self.quantize.next_input(f_hat, scale + 1) for scale, f_hat in enumerate(sums)]
+        first = self.quantize.embedding.weight
+        return torch.cat(parts, 1) if parts else first.new_zeros(len(ids), 0, self.config.channels)
+
+    def f_hat(self, ids: Int[Tensor, "B L"]) -> Float[Tensor, "B C h w"]:
+        return self.partial_sums([self.quantize.embedding(part) for part in self.split(ids)])[-1]
+
+    def render(self, f_hat: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
+        """The picture of a latent, in [-1, 1] but for overshoot: not clamped."""
+        return self.decoder(self.post_quant_conv(f_hat))
+
+    def forward(
+        self, images: Float[Tensor, "B 3 H W"]
+    ) -> tuple[Float[Tensor, "B 3 H W"], Float[Tensor, ""], Int[Tensor, "B L"], list[Tensor]]:
+        """Reconstruction (straight-through, not clamped), VQ loss (mean over scales of 0.25 commitment + codebook term), ids, and the
+        vectors looked up at each scale."""
+        f = self.features(images)
+        ids, sums, asked = self.residual_codes(f.detach())
+        loss = torch.stack([0.25 * F.mse_loss(s.detach(), f) + F.mse_loss(s, f.detach()) for s in sums]).mean()
+        return self.render(f + (sums[-1] - f).detach()), loss, ids, asked
