@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import resource
 import subprocess
 import sys
 
@@ -85,20 +86,14 @@ def test_damage_is_named(tmp_path):
 
 
 def test_a_failed_replacement_leaves_the_old_folder(tmp_path):
-    script = """
-import resource, sys, torch
-from varl.checkpoints.folder import save_model
-from varl.errors import CheckpointError
-save_model(sys.argv[1], "", {"model": {"w": torch.ones(10)}}, {})
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-try:
-    save_model(sys.argv[1], "", {"model": {"w": torch.ones(100_000)}}, {})
-except CheckpointError as error:
-    print(error)
-"""
-    out = subprocess.run([sys.executable, "-c", script, str(tmp_path / "base")], capture_output=True, text=True, check=True).stdout
-    assert "File too large" in out
-    assert "It needs 400,002 bytes" in out
+    save_model(tmp_path / "base", "", {"model": {"w": torch.ones(10)}}, {})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"File too large\)\. It needs 400,002 bytes"):
+            save_model(tmp_path / "base", "", {"model": {"w": torch.ones(100_000)}}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [entry.name for entry in tmp_path.iterdir()] == ["base"]
     assert load_tensors(tmp_path / "base", "model")["w"].tolist() == [1.0] * 10
 
