@@ -35,7 +35,7 @@ PALETTES: dict[str, tuple[Colour, Colour]] = {
 """Name -> colour of the text, colour of the ground (RGB)."""
 
 SIZES = (0.875, 0.75, 0.625, 0.5, 0.4375, 0.375)
-"""Pixels per em, as shares of the slot's height. Few, so that a short word and a long one differ little."""
+"""Pixels per em, as shares of the line height. Few, so that a short word and a long one differ little."""
 SMALLEST = 6
 """Pixels per em under which letters are no longer told apart."""
 FAINTEST = 8
@@ -57,7 +57,7 @@ class WordSplit:
 def word_list(config: WordsConfig) -> tuple[str, ...]:
     """The words of `config.word_list` in upper case, sorted, each once: only `config.letters`, `min_length` to `max_length` of them.
 
-    `wonderwords` means that package's nouns, adjectives and verbs without its list of profanities; else it is a text file, one word a line."""
+    `wonderwords` is that package's nouns, adjectives and verbs without its list of profanities; else it is a text file, one word a line."""
     if config.word_list == "wonderwords":
         assets = _wonderwords()
         banned = _lines(assets / "profanitylist.txt")
@@ -117,16 +117,20 @@ class Line:
     """Coverage, 0 to 255. Its first and last rows and columns all hold ink."""
 
 
-def slots(count: int, image_size: tuple[int, int]) -> list[tuple[int, int, int, int]]:
-    """(top, left, bottom, right) in pixels of each of `count` regions, row by row, without overlap.
+def line_height(height: float, width: float) -> float:
+    """The height of a line of about five letters that fills a slot: such a line is four times as wide as high."""
+    return min(height, width / 4)
 
-    One or two to a row, whichever lets a line of five letters (about four times as wide as high) be larger."""
+
+def slots(count: int, image_size: tuple[int, int]) -> list[tuple[int, int, int, int]]:
+    """(top, left, bottom, right) in pixels of each of `count` regions, row by row, without overlap: one or two to a row, whichever lets
+    the lines be higher."""
     height, width = image_size
-    rows = max((count, -(-count // 2)), key=lambda rows: min(height / rows, width / -(-count // rows) / 4))
+    rows = max((count, -(-count // 2)), key=lambda rows: line_height(height / rows, width / -(-count // rows)))
     edges = [round(height * row / rows) for row in range(rows + 1)]
     boxes = []
     for row, (top, bottom) in enumerate(pairwise(edges)):
-        columns = len(range(row, count, rows))
+        columns = 1 if rows == count else min(2, count - 2 * row)
         sides = [round(width * column / columns) for column in range(columns + 1)]
         boxes += [(top, left, bottom, right) for left, right in pairwise(sides)]
     return boxes
@@ -138,7 +142,7 @@ def _ink(text: str, font: str, size: int) -> tuple[UInt8[np.ndarray, "h w"], int
     mask, offset = load_font(font, size).getmask2(text, mode="L")
     coverage = np.asarray(mask, dtype=np.uint8).reshape(mask.size[::-1]).copy()
     coverage[coverage < FAINTEST] = 0
-    rows, columns = coverage.any(1).nonzero()[0], coverage.any(0).nonzero()[0]
+    rows, columns = np.flatnonzero(coverage.any(1)), np.flatnonzero(coverage.any(0))
     if not len(rows):
         raise DataError(f"text {text!r}: font {font!r} draws nothing for it. Use letters that the font has.")
     coverage = coverage[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -154,24 +158,24 @@ def _capitals(font: str, size: int) -> float:
 
 
 def lay_out(texts: Sequence[str], font: str, image_size: tuple[int, int], shifts: Sequence[tuple[int, int]], jitter: int) -> list[Line]:
-    """Each text in its slot, as large as fits with room to move by `jitter` pixels, then moved by its (down, right) shift."""
+    """Each text in the middle of its slot, as large as fits with room to move by `jitter` pixels, then moved by its (down, right) shift.
+    Neighbours in a row keep half a letter size between them."""
     lines = []
     for text, (top, left, bottom, right), (down, across) in zip(texts, slots(len(texts), image_size), shifts, strict=True):
         height, width = bottom - top, right - left
-        for share in SIZES:
-            size = round(share * height)
-            if size < SMALLEST:
-                continue
+        sizes = [size for share in SIZES if (size := round(share * line_height(height, width))) >= SMALLEST]
+        for size in sizes:
             ink, ink_top = _ink(text, font, size)
             y = math.floor(height / 2 + ink_top - _capitals(font, size) + 0.5)
-            if ink.shape[1] + 2 * jitter + 2 <= width and y >= jitter and y + ink.shape[0] + jitter <= height:
+            margin = 2 if width == image_size[1] else size // 2
+            if ink.shape[1] + 2 * jitter + margin <= width and y >= jitter and y + ink.shape[0] + jitter <= height:
                 x = (width - ink.shape[1]) // 2
                 lines.append(Line(text=text, top=top + y + down, left=left + x + across, ink=ink))
                 break
         else:
             raise DataError(
-                f"text {text!r}: does not fit into {width}x{height} pixels in font {font!r} at any size from {round(SIZES[0] * height)} "
-                f"to {SMALLEST}. Make image_size larger, or max_length, regions or jitter smaller."
+                f"text {text!r}: does not fit into {height}x{width} (height x width) pixels in font {font!r} at any of the sizes {sizes}, "
+                f"jitter {jitter}. Make image_size larger, or max_length, regions or jitter smaller."
             )
     return lines
 
@@ -252,9 +256,7 @@ def _sample(words: Sequence[str], config: WordsConfig, seed: int, index: int) ->
 
 def _check(words: Sequence[str], config: WordsConfig) -> None:
     if len(words) < len(config.regions):
-        raise DataError(
-            f"{len(words)} words cannot fill pictures of up to {len(config.regions)} different ones. Use a longer word list, or wider shares."
-        )
+        raise DataError(f"{len(words)} words cannot fill pictures of up to {len(config.regions)} different ones. Use a longer word list.")
     if not config.regions or min(config.regions) < 0 or sum(config.regions) <= 0:
         raise DataError(f"words.regions={config.regions}: shares of pictures with 1, 2, ... regions; none below 0, and not all 0.")
 
