@@ -261,6 +261,8 @@ class FolderConfig:
     """A user's own data: a folder with prompts.jsonl, and the pictures it names."""
 
     path: str
+    heldout: str | None = None
+    """Another such folder, for evaluation."""
 
 
 DataConfig = WordsConfig | FolderConfig

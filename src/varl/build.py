@@ -1,0 +1,131 @@
+"""From config to objects: the only file that names concrete classes."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import assert_never
+
+import torch
+
+from varl.algorithms.grpo import GRPO
+from varl.algorithms.var_rl import VARRL
+from varl.checkpoints import next_scale as next_scale_folder
+from varl.config import (
+    AlgorithmConfig,
+    DataConfig,
+    FolderConfig,
+    GRPOConfig,
+    LawConfig,
+    NextScaleConfig,
+    OCRConfig,
+    PythonRewardConfig,
+    RewardConfig,
+    RunConfig,
+    VARRLConfig,
+    WordsConfig,
+)
+from varl.data.folder import read_folder
+from varl.data.sampler import PromptSampler, shard
+from varl.data.words import prompts as word_prompts
+from varl.data.words import split, word_list
+from varl.errors import ConfigError, DataError
+from varl.models.next_scale import NextScale
+from varl.policies.next_scale import NextScalePolicy
+from varl.rewards.judge import RewardJudge
+from varl.rewards.ocr_reward import OCRReward
+from varl.rewards.toy import load_callable
+from varl.tokenizers.multiscale_vq import MultiScaleVQ
+from varl.types import Algorithm, BranchingPolicy, Policy, Prompt, RewardFn
+
+PROMPTS = 20000
+"""Distinct prompts drawn for training on words; a run that needs more goes round again in another order."""
+
+
+def model_path(name: str) -> Path:
+    """Where a model folder lies: a path, or `bundled:NAME` for one that comes with VARL."""
+    kind, _, bundled = name.partition(":")
+    path = Path(str(files("varl") / "bundled" / bundled)) if kind == "bundled" else Path(name)
+    if not (path / "config.yaml").is_file():
+        raise ConfigError(f"model={name!r}: no config.yaml in {path}. Give a model folder (made by `varl pretrain` or `varl convert`), or bundled:words.")
+    return path
+
+
+def build_policy(config: RunConfig, device: torch.device, *, reference: bool) -> NextScalePolicy:
+    """The model and its tokenizer, on the device, with a frozen copy as reference where KL needs one."""
+    model, tokenizer = next_scale_folder.load(model_path(config.model))
+    dtype = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
+    policy = NextScalePolicy(model.to(device), tokenizer.to(device), sample_law=config.sample_law, score_law=config.score_law, dtype=dtype)
+    if reference:
+        policy.reference = copy.deepcopy(model).eval().requires_grad_(False)
+    return policy
+
+
+def with_law(policy: NextScalePolicy, law: LawConfig) -> NextScalePolicy:
+    """The same weights, acting under another law; nothing is copied."""
+    return NextScalePolicy(policy.module, policy.tokenizer, sample_law=law, score_law=law, dtype=policy.dtype)
+
+
+def new_model(config: NextScaleConfig) -> tuple[NextScale, MultiScaleVQ]:
+    """Fresh weights from torch's global generator."""
+    return NextScale(config), MultiScaleVQ(config.tokenizer, config.grids)
+
+
+def build_algorithm(config: AlgorithmConfig, policy: Policy) -> Algorithm:
+    match config:
+        case VARRLConfig() if not isinstance(policy, BranchingPolicy):
+            raise ConfigError(f"var_rl completes half-drawn images; {type(policy).__name__} cannot. Use a next-scale model or GRPOConfig().")
+        case VARRLConfig():
+            return VARRL(config)
+        case GRPOConfig():
+            return GRPO(config)
+    assert_never(config)
+
+
+def beta(config: AlgorithmConfig) -> float:
+    return config.grpo.beta if isinstance(config, VARRLConfig) else config.beta
+
+
+def build_reward(config: RewardConfig) -> RewardFn:
+    match config:
+        case OCRConfig():
+            return OCRReward(config)
+        case PythonRewardConfig():
+            return load_callable(config.target)
+    assert_never(config)
+
+
+def build_judge(config: RunConfig) -> RewardJudge:
+    return RewardJudge({name: (part.weight, build_reward(part.reward)) for name, part in config.rewards.items()})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSets:
+    """Train and held-out prompts, and those that are drawn again and again to see progress."""
+
+    train: Sequence[Prompt]
+    heldout: Sequence[Prompt]
+    fixed: Sequence[Prompt]
+
+
+def build_prompts(config: DataConfig, seed: int, heldout: int) -> PromptSets:
+    """`heldout` is how many evaluation prompts are wanted; a folder may hold fewer."""
+    match config:
+        case WordsConfig():
+            words = split(word_list(config), config)
+            held = word_prompts(words.heldout, config, heldout, config.seed + 77)
+            return PromptSets(train=word_prompts(words.rl, config, PROMPTS, 1000 + seed), heldout=held, fixed=held[:12])
+        case FolderConfig():
+            train = read_folder(Path(config.path))
+            held = read_folder(Path(config.heldout))[:heldout] if config.heldout else []
+            if not train:
+                raise DataError(f"{config.path}: prompts.jsonl is empty. Write one JSON object a line, at least {{\"text\": ...}}.")
+            return PromptSets(train=train, heldout=held, fixed=(held or train)[:12])
+    assert_never(config)
+
+
+def build_sampler(prompts: Sequence[Prompt], config: RunConfig, rank: int, world: int):
+    """Prompts of one step for one rank, with their global slots, as a function of the step alone."""
+    sampler = PromptSampler(prompts, config.seed, config.train.prompts_per_step)
+    return lambda step: shard(sampler.at(step), rank, world)

@@ -1,0 +1,62 @@
+"""Do the words read? Held-out prompts, fixed seeds, one or more readers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from varl.rng import Stream
+from varl.types import Judgement, Policy, Prompt, Rollout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """Pictures drawn for an evaluation: n prompts, `copies` pictures of each, side by side."""
+
+    prompts: tuple[Prompt, ...]
+    images: Float[Tensor, "B 3 H W"]
+    actions: Int[Tensor, "B L"]
+    copies: int
+
+
+def draw_sample(
+    policy: Policy, prompts: Sequence[Prompt], *, copies: int, seed: int, batch: int = 64, tick: Callable[[int], None] = lambda n: None
+) -> Sample:
+    """`copies` pictures of each prompt from the policy's sample law, at addresses (seed, "eval", row): the same ones in every run."""
+    rng = Stream(seed=seed, path=("eval",), rows=tuple(range(len(prompts)))).repeat(copies)
+    repeated = [p for p in prompts for _ in range(copies)]
+    images, actions = [], []
+    for start in range(0, len(repeated), batch):
+        rows = range(start, min(start + batch, len(repeated)))
+        rollout: Rollout = policy.rollout([repeated[i] for i in rows], rng.select(rows))
+        images.append(policy.decode(rollout).cpu())
+        actions.append(rollout.actions.cpu())
+        tick(len(rows))
+    return Sample(prompts=tuple(repeated), images=torch.cat(images), actions=torch.cat(actions), copies=copies)
+
+
+def token_diversity(actions: Int[Tensor, "B L"], copies: int) -> float:
+    """Share of tokens in which two pictures of the same prompt differ, mean over pairs and prompts: 0 is one picture, 1 nothing shared."""
+    group = actions.view(-1, copies, actions.shape[1])
+    differ = (group[:, :, None] != group[:, None]).float().mean(-1)
+    return float(differ.sum((1, 2)).mean() / (copies * (copies - 1)))
+
+
+def share_interval(hits: Bool[Tensor, " B"] | Float[Tensor, " B"], copies: int) -> tuple[float, float]:
+    """Mean, and the half-width of its 95% interval, clustered by prompt (pictures of one word are not independent)."""
+    values = hits.float()
+    values = values[: len(values) // copies * copies].view(-1, copies).mean(1)
+    return float(values.mean()), float(1.96 * values.std() / len(values) ** 0.5)
+
+
+def reading_metrics(judgement: Judgement, copies: int) -> dict[str, float]:
+    """word_accuracy and ned (similarity), with the half-widths of their 95% intervals; failed readings are left out and counted."""
+    metrics = {}
+    for name in ("word_accuracy", "ned"):
+        part = judgement.parts[name]
+        ok = ~part.isnan()
+        metrics[name], metrics[f"{name}_ci95"] = share_interval(part[ok], copies if bool(ok.all()) else 1)
+    metrics["failed"] = float(judgement.value.isnan().float().mean())
+    return metrics
