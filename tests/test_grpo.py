@@ -64,10 +64,10 @@ def test_one_part_is_the_whole_and_parts_that_trade_off_still_teach():
 
 
 def test_siblings_against_one_another():
-    value = torch.tensor([[[0.0, 2.0], [5.0, NAN]]])
-    assert sibling_advantages(value, "none").tolist() == [[[-2.0, 2.0], [0.0, 0.0]]]
-    three = torch.tensor([[[0.0, 3.0, 9.0]]])
-    assert sibling_advantages(three, "none")[0, 0].tolist() == [0 - 6, 3 - 4.5, 9 - 1.5]
+    value = torch.tensor([[[0.0, 2.0], [5.0, NAN]]])[..., None]
+    assert sibling_advantages(value, "none").flatten().tolist() == [-2.0, 2.0, 0.0, 0.0]
+    three = torch.tensor([[[0.0, 3.0, 9.0]]])[..., None]
+    assert sibling_advantages(three, "none").flatten().tolist() == [0 - 6, 3 - 4.5, 9 - 1.5]
     sigma = torch.tensor([0.0, 2.0, 5.0]).std() + 1e-4
     torch.testing.assert_close(sibling_advantages(value), sibling_advantages(value, "none") / sigma)
     torch.testing.assert_close(sibling_advantages(value, "batch"), sibling_advantages(value, "group"))

@@ -34,16 +34,7 @@ def part_advantages(value: Float[Tensor, "P G R"], scale: Scale) -> Float[Tensor
     The variances are unbiased and taken inside the group (`group`) or over all pictures (`batch`); `none` does not divide. One common
     sigma, because the gradient of a sum of parts must not weigh the parts anew; the sum of variances and not the variance of the sum,
     because the latter vanishes where one part gains what another loses, just where there is much to tell apart. A flat group gets 0."""
-    centred = (value - value.nanmean(1, keepdim=True)).masked_fill(value.isnan(), 0.0)
-    within = nan_std(value.transpose(1, 2)).square().sum(-1).sqrt()
-    match scale:
-        case "group":
-            sigma = within + SOFT
-        case "batch":
-            sigma = nan_std(value.flatten(0, 1).T).square().sum(-1).sqrt().expand_as(within) + SOFT
-        case "none":
-            sigma = torch.ones_like(within)
-    return (centred / sigma[:, None, None]).masked_fill((within < FLAT)[:, None, None], 0.0)
+    return _divided((value - value.nanmean(1, keepdim=True)).masked_fill(value.isnan(), 0.0), value, scale)
 
 
 def group_advantages(value: Float[Tensor, "P G"], scale: Scale = "group") -> Float[Tensor, "P G"]:
@@ -55,23 +46,25 @@ def group_advantages(value: Float[Tensor, "P G"], scale: Scale = "group") -> Flo
     return part_advantages(value[:, :, None], scale)[:, :, 0]
 
 
-def sibling_advantages(value: Float[Tensor, "P G K"], scale: Scale = "group") -> Float[Tensor, "P G K"]:
-    """Advantage of each of K continuations over its siblings, the other continuations of the same prefix:
+def sibling_advantages(value: Float[Tensor, "P G K R"], scale: Scale = "group") -> Float[Tensor, "P G K R"]:
+    """Advantage of each of K continuations over its siblings, the other continuations of the same prefix, for each of R parts:
 
-        A_k = (x_k - mean_{j != k} x_j) / (std + 1e-4) = K / (K - 1) * (x_k - mean_K x) / (std + 1e-4)
+        A_k = (x_k - mean_{j != k} x_j) / (sigma + 1e-4) = K / (K - 1) * (x_k - mean_K x) / (sigma + 1e-4)
 
-    The leave-one-out mean does not depend on x_k, so the gradient of the suffix stays unbiased. The standard deviation is that of the
-    prompt's G*K pictures (`batch`: of all pictures): two siblings' own would make every pair +-0.7, however alike. Left alone, a
-    continuation gets 0."""
-    groups, prefixes, siblings = value.shape
-    valid = (~value.isnan()).sum(-1, keepdim=True)
-    centred = (value - value.nanmean(-1, keepdim=True)).masked_fill(value.isnan(), 0.0) * valid / (valid - 1).clamp(min=1)
-    std = nan_std(value.reshape(groups, prefixes * siblings))
+    The leave-one-out mean does not depend on x_k, so the gradient of the suffix stays unbiased. Sigma is that of the prompt's G*K pictures
+    (`batch`: of all pictures): two siblings' own would make every pair +-0.7, however alike. Left alone, a continuation gets 0."""
+    valid = (~value.isnan()).sum(2, keepdim=True)
+    centred = (value - value.nanmean(2, keepdim=True)).masked_fill(value.isnan(), 0.0) * valid / (valid - 1).clamp(min=1)
+    return _divided(centred.flatten(1, 2), value.flatten(1, 2), scale).reshape(value.shape)
+
+
+def _divided(centred: Float[Tensor, "P N R"], value: Float[Tensor, "P N R"], scale: Scale) -> Float[Tensor, "P N R"]:
+    within = nan_std(value.transpose(1, 2)).square().sum(-1).sqrt()
     match scale:
         case "group":
-            sigma = std + SOFT
+            sigma = within + SOFT
         case "batch":
-            sigma = nan_std(value.flatten()).expand_as(std) + SOFT
+            sigma = nan_std(value.flatten(0, 1).T).square().sum(-1).sqrt().expand_as(within) + SOFT
         case "none":
-            sigma = torch.ones_like(std)
-    return (centred / sigma[:, None, None]).masked_fill((std < FLAT)[:, None, None], 0.0)
+            sigma = torch.ones_like(within)
+    return (centred / sigma[:, None, None]).masked_fill((within < FLAT)[:, None, None], 0.0)

@@ -1,14 +1,15 @@
 """Group-relative policy optimisation (GRPO, arXiv 2402.03300): the objective and its parts, and the plain algorithm on whole pictures."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from varl.algorithms.advantages import flat_groups, group_advantages, nan_std
-from varl.algorithms.mask_propagation import chained_mask, dilate, direct_mask, judged_boxes, region_advantages, region_reach
+from varl.algorithms.advantages import flat_groups, nan_std, part_advantages
+from varl.algorithms.mask_propagation import chained_mask, dilate, direct_mask, judged_boxes, region_reach, spread
 from varl.algorithms.panw import token_weights
 from varl.config import GRPOConfig
 from varl.errors import ConfigError
@@ -163,28 +164,32 @@ def local_reach(config: GRPOConfig, layout: Layout, judgement: Judgement) -> Boo
 
 
 def token_advantages(
-    config: GRPOConfig, layout: Layout, judgements: Sequence[Judgement], reaches: Sequence[Bool[Tensor, "B R L"] | None]
-) -> list[Float[Tensor, "B L"]]:
-    """Advantage of every token of every piece, each picture against its group of G side by side. All pieces share one standard deviation if
-    it is the batch's."""
-    group, sizes = config.num_generations, [len(judgement.value) for judgement in judgements]
-    value = torch.cat([judgement.value.float().cpu() for judgement in judgements]).reshape(-1, group)
-    if any(reach is None for reach in reaches):
-        advantage = group_advantages(value, config.scale_rewards).reshape(-1, 1).expand(-1, layout.tokens)
-        return list(advantage.split(sizes))
-    regions = max(reach.shape[1] for reach in reaches if reach is not None)
-    part = torch.full((value.numel(), regions), torch.nan)
-    touch = torch.zeros(value.numel(), regions, layout.tokens, dtype=torch.bool)
-    row = 0
-    for judgement, reach in zip(judgements, reaches, strict=True):
-        assert judgement.region_value is not None
-        assert reach is not None
-        part[row : row + len(reach), : reach.shape[1]] = judgement.region_value.float().cpu()
-        touch[row : row + len(reach), : reach.shape[1]] = reach
-        row += len(reach)
-    part[value.flatten().isnan()] = torch.nan
-    advantage = region_advantages(part.reshape(-1, group, regions), touch.reshape(-1, group, regions, layout.tokens), config.scale_rewards)
-    return list(advantage.reshape(-1, layout.tokens).split(sizes))
+    layout: Layout,
+    judgements: Sequence[Judgement],
+    reaches: Sequence[Bool[Tensor, "_ _ L"] | None],
+    relative: Callable[[Float[Tensor, "N R"]], Float[Tensor, "N R"]],
+) -> list[Float[Tensor, "_ L"]]:
+    """Advantage of every token of every piece. `relative` sets N pictures, side by side, against their groups, for each of R parts of the
+    reward: the regions, or if any piece has no `reach`, the whole as the only part, which reaches all tokens."""
+    value = torch.cat([judgement.value.float().cpu() for judgement in judgements])
+    local = [(judgement.region_value, reach) for judgement, reach in zip(judgements, reaches, strict=True) if reach is not None]
+    if len(local) < len(judgements):
+        part, reach = value[:, None], torch.ones(len(value), 1, layout.tokens, dtype=torch.bool)
+    else:
+        regions = max(reach.shape[1] for _, reach in local)
+        part = torch.cat([_pad(region_value.float().cpu(), regions, torch.nan) for region_value, _ in local if region_value is not None])
+        reach = torch.cat([_pad(reach, regions, False) for _, reach in local])
+        part = part.masked_fill(value.isnan()[:, None], torch.nan)
+    return list(spread(relative(part), reach).split([len(judgement.value) for judgement in judgements]))
+
+
+def _pad(tensor: Tensor, regions: int, value: float | bool) -> Tensor:
+    return torch.cat([tensor, tensor.new_full((len(tensor), regions - tensor.shape[1], *tensor.shape[2:]), value)], 1)
+
+
+def against_group(config: GRPOConfig, part: Float[Tensor, "N R"]) -> Float[Tensor, "N R"]:
+    """Each picture against the G of its prompt."""
+    return part_advantages(part.unflatten(0, (-1, config.num_generations)), config.scale_rewards).flatten(0, 1)
 
 
 def reward_metrics(judgement: Judgement, group: int) -> dict[str, float]:
@@ -268,7 +273,7 @@ class GRPO:
         for pieces in batched(judged(policy, judge, draw()), self.config):
             judgements = [judgement for _, judgement in pieces]
             reaches = [local_reach(self.config, policy.layout, judgement) for judgement in judgements]
-            advantages = token_advantages(self.config, policy.layout, judgements, reaches)
+            advantages = token_advantages(policy.layout, judgements, reaches, partial(against_group, self.config))
             for (rollout, judgement), advantage in zip(pieces, advantages, strict=True):
                 mask = reward_mask(self.config, policy.layout, judgement)
                 yield train_batch(self.config, policy.layout, rollout, judgement, advantage, mask)

@@ -64,6 +64,11 @@ def region_reach(box: Float[Tensor, "B R 4"], cells: Float[Tensor, "L 4"]) -> Bo
     return overlaps(box, cells) | box[..., :1].isnan()
 
 
+def spread(advantage: Float[Tensor, "B R"], reach: Bool[Tensor, "B R L"]) -> Float[Tensor, "B L"]:
+    """Each token's advantage: the sum over the regions that reach it."""
+    return torch.einsum("br,brl->bl", advantage, reach.to(advantage.dtype))
+
+
 def region_advantages(
     region_value: Float[Tensor, "P G R"], reach: Bool[Tensor, "P G R L"], scale: Scale = "group"
 ) -> Float[Tensor, "P G L"]:
@@ -75,7 +80,7 @@ def region_advantages(
     E[sum_l grad log pi_l * sum_r (x_r - b_r)], and the terms of regions that the token cannot influence are noise of expectation 0; to
     leave them out is the whole gain. Dividing each region by its own deviation would be the gradient of another reward, hence one sigma for
     all. A 1x1 grid is touched by every box and keeps the global advantage; a token that no region touches gets 0."""
-    return torch.einsum("pgr,pgrl->pgl", part_advantages(region_value, scale), reach.to(region_value.dtype))
+    return spread(part_advantages(region_value, scale).flatten(0, 1), reach.flatten(0, 1)).unflatten(0, region_value.shape[:2])
 
 
 def _cells(grids: Sequence[tuple[int, int]]) -> Float[Tensor, "L 4"]:
