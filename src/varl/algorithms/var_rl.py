@@ -91,7 +91,6 @@ class VARRL:
             raise ConfigError("var_rl.adapt_middle_step compares continuations of the same prefix: set num_continuations to 2 or more.")
         self.config = config
         self.grpo = GRPO(config.grpo)
-        self.objective = self.grpo.objective
         self.num_iterations = config.grpo.num_iterations
         self._parts: dict[int, tuple[float, float]] = {}
 
@@ -122,6 +121,10 @@ class VARRL:
         assert isinstance(policy, BranchingPolicy)
         update = self._prefix_update if self.stage(step) == "prefix" else self._suffix_update
         return update(policy, prompts, judge, rng, self.middle(policy.layout))
+
+    def objective(self, policy: Policy, batch: TrainBatch) -> tuple[Float[Tensor, ""], dict[str, float]]:
+        """GRPO's, on the tokens of the stage."""
+        return self.grpo.objective(policy, batch)
 
     def _prefix_update(self, policy: BranchingPolicy, prompts: Sequence[Prompt], judge: Judge, rng: Stream, m: int) -> Iterator[TrainBatch]:
         """P*G prefixes, K continuations of each. What is trained on holds the prefix tokens alone, so training costs no more than they do.
