@@ -27,25 +27,29 @@ function format(value) {
   const size = Math.abs(value);
   if (size === 0) return "0";
   if (Number.isInteger(value) && size < 1e6) return value.toLocaleString("en").replaceAll(",", "\u202f").replace("-", "−");
-  if (size >= 1e6 || size < 1e-3) return value.toExponential(1).replace("e+", "e").replaceAll("-", "−");
+  if (size >= 1e6 || size < 1e-3) return value.toExponential(1).replace(".0e", "e").replace("e+", "e").replaceAll("-", "−");
   return String(Number(value.toPrecision(3))).replace("-", "−");
 }
+/* Numbers that are compared down a column keep their zeros. */
+const formatEven = (value) => (isNumber(value) && !Number.isInteger(value) && Math.abs(value) < 1 && Math.abs(value) >= .001 ? value.toFixed(3).replace("-", "−") : format(value));
+/* Text with `commands` in it. */
+const prose = (text) => text.split("`").map((part, i) => (i % 2 ? h("code", {}, part) : part));
 const isShare = (name) => /accuracy|share|rate$|exact|occupancy|fraction/.test(name);
-function formatAs(name, value) {
-  return isShare(name) && isNumber(value) && Math.abs(value) <= 1 ? `${(100 * value).toFixed(1).replace("-", "−")} %` : format(value);
+function formatAs(name, value, plain = format) {
+  return isShare(name) && isNumber(value) && Math.abs(value) <= 1 ? `${(100 * value).toFixed(1).replace("-", "−")} %` : plain(value);
 }
-const formatInterval = (name, interval) => `[${interval.map((end) => formatAs(name, end).replace(" %", "")).join(", ")}]`;
+const formatInterval = (name, interval) => `[${interval.map((end) => formatAs(name, end, formatEven).replace(" %", "")).join(", ")}]`;
 
 const sections = [];
 function section(id, title, lead, ...children) {
   sections.push([id, title]);
-  return h("section", { id }, h("h2", {}, title), lead && h("p", {}, lead), ...children);
+  return h("section", { id }, h("h2", {}, title), lead && h("p", {}, prose(lead)), ...children);
 }
-const absent = (name) => run.missing[name] && h("div", { class: "absent" }, run.missing[name]);
+const absent = (name) => run.missing[name] && h("div", { class: "absent" }, prose(run.missing[name]));
 
 /* ---- pictures and what was read in them ---- */
 const letters = (text) => text.toUpperCase().replace(/\s+/g, " ").trim();
-const isRight = (found, wanted) => wanted.some((word) => letters(word) === letters(found.text));
+const isRight = (found, wanted) => letters(found.text).split(" ").every((word) => wanted.some((want) => letters(want) === word));
 
 function boxes(found, wanted) {
   const rects = found.filter((f) => f.box).flatMap((f) => {
@@ -95,28 +99,34 @@ function headline({ metric, before, after, source }) {
     h("span", { class: "value old" }, formatAs(metric, before.value)), h("span", { class: "arrow" }, "→"),
     h("span", { class: "value" }, formatAs(metric, after.value)),
     h("span", { class: `badge ${gain >= 0 ? "good" : "bad"}` }, (gain > 0 ? "+" : "") + delta.replace("-", "−")));
-  const intervals = before.interval && after.interval && h("p", { class: "small soft num" },
-    `before ${formatInterval(metric, before.interval)}, after ${formatInterval(metric, after.interval)}`,
-    isShare(metric) ? " %" : "");
-  return h("div", { class: "card result" }, h("div", {}, h("div", { class: "eyebrow" }, words(metric)), ends), intervals && versus(before, after), intervals,
-    h("p", { class: "small soft" }, source));
+  const intervals = before.interval && after.interval;
+  const says = intervals ? `${source}; before ${formatInterval(metric, before.interval)}, after ${formatInterval(metric, after.interval)}${isShare(metric) ? " %" : ""}` : source;
+  return h("div", { class: "card result" }, h("div", {}, h("div", { class: "eyebrow" }, words(metric)), ends), intervals && versus(metric, before, after),
+    h("p", { class: "small soft num" }, says));
 }
 /* Before and after as dots with whiskers on one axis. */
-function versus(before, after) {
+function versus(metric, before, after) {
   const ends = [before, after].flatMap((m) => [m.value, ...m.interval]);
   const low = Math.min(0, ...ends), high = Math.max(1, ...ends), x = (value) => 6 + 388 * (value - low) / (high - low);
   const whisker = (m, y, colour) => [
     s("line", { x1: x(m.interval[0]), x2: x(m.interval[1]), y1: y, y2: y, stroke: colour, "stroke-width": 2.5, "stroke-linecap": "round" }),
     s("circle", { cx: x(m.value), cy: y, r: 4.5, fill: colour })];
-  return s("svg", { viewBox: "0 0 400 34", role: "img", "aria-label": "before and after with their intervals" },
+  return s("svg", { class: "versus", viewBox: "0 0 400 44", role: "img", "aria-label": "before and after with their intervals" },
     s("line", { x1: 6, x2: 394, y1: 30, y2: 30, stroke: "var(--line)" }),
     [0, .25, .5, .75, 1].map((t) => s("line", { x1: 6 + 388 * t, x2: 6 + 388 * t, y1: 27, y2: 30, stroke: "var(--line)" })),
+    [0, 1].map((t) => s("text", { x: 6 + 388 * t, y: 42, "text-anchor": t ? "end" : "start" }, formatAs(metric, low + t * (high - low)).replace(".0", ""))),
     whisker(before, 9, "var(--soft)"), whisker(after, 20, "var(--accent)"));
 }
 function command() {
   if (!run.command) return absent("command");
-  const copy = h("button", { onclick: async () => { await navigator.clipboard.writeText(run.command); copy.textContent = "copied"; setTimeout(() => { copy.textContent = "copy"; }, 1500); } }, "copy");
-  return h("div", { class: "card command" }, h("code", {}, run.command), copy);
+  const code = h("code", {}, run.command);
+  const copy = h("button", { onclick: async () => {
+    if (!navigator.clipboard) return getSelection().selectAllChildren(code);  // a page that came over plain http has no clipboard
+    await navigator.clipboard.writeText(run.command);
+    copy.textContent = "copied";
+    return setTimeout(() => { copy.textContent = "copy"; }, 1500);
+  } }, "copy");
+  return h("div", { class: "card command" }, code, copy);
 }
 function header() {
   return h("header", {}, h("div", { class: "eyebrow" }, "VARL · report of a run"), h("h1", {}, run.title),
@@ -166,7 +176,7 @@ function followLink() {
   const link = new URLSearchParams(location.hash.slice(1));
   if (!link.has("step") && !link.has("prompt")) return false;
   const at = film.steps.filter((step) => step <= Number(link.get("step"))).length - 1;
-  show(link.has("step") ? Math.max(0, at) : film.steps.length - 1, Number(link.get("prompt") || 0), true);
+  show(link.has("step") ? Math.max(0, at) : film.steps.length - 1, Math.round(Number(link.get("prompt"))) || 0, true);
   return true;
 }
 const wantedOf = (prompt) => (prompt.words && prompt.words.length ? prompt.words : prompt.text.split(/\s+/));
@@ -252,7 +262,7 @@ function weightsOf(shot) {
 function heat(uri, [rows, columns], values, top, colour) {
   const cells = values.map((value, i) => value === 0 ? null : s("rect", {
     x: 100 * (i % columns) / columns, y: 100 * Math.floor(i / columns) / rows, width: 100 / columns, height: 100 / rows,
-    fill: colour(value), "fill-opacity": (0.9 * Math.min(1, Math.abs(value) / (top || 1))).toFixed(3) }, s("title", {}, format(value))));
+    fill: colour(value), "fill-opacity": (0.74 * Math.min(1, Math.abs(value) / (top || 1))).toFixed(3) }, s("title", {}, format(value))));
   const grid = [];
   for (let i = 1; i < columns; i++) grid.push(s("line", { x1: 100 * i / columns, x2: 100 * i / columns, y1: 0, y2: 100 }));
   for (let i = 1; i < rows; i++) grid.push(s("line", { y1: 100 * i / rows, y2: 100 * i / rows, x1: 0, x2: 100 }));
@@ -272,9 +282,9 @@ function panwBars() {
     h("p", { class: "small soft" }, isNumber(film.panw_alpha) ? `(h w)^−${film.panw_alpha}: coarse tokens decide more of the picture and gain weight.` : ""), h("div", { class: "panw" }, bars));
 }
 function credit() {
-  if (!film || !film.panw_weights) return section("credit", "Who got the credit", null, absent("film"));
+  if (!film || !film.panw_weights) return null;
   const scales = h("div", { class: "scales" }), note = h("p", { class: "small soft" });
-  let shared = true;
+  let shared = false;
   const draw = (shot, prompt) => {
     note.textContent = `${prompt.text}, step ${film.steps[view.step]}.`;
     if (!shot.advantage.length) return scales.replaceChildren(h("div", { class: "absent" }, "No advantages were recorded for this picture."));
@@ -294,10 +304,10 @@ function credit() {
     return null;
   };
   view.listeners.push(draw);
-  const own = h("button", { "aria-pressed": "false", onclick: () => { shared = own.getAttribute("aria-pressed") === "true"; own.setAttribute("aria-pressed", String(!shared)); draw(film.frames[view.step][view.prompt], film.prompts[view.prompt]); } }, "colours per scale");
+  const own = h("button", { "aria-pressed": "false", onclick: () => { shared = !shared; own.setAttribute("aria-pressed", String(shared)); draw(film.frames[view.step][view.prompt], film.prompts[view.prompt]); } }, "one colour range for all scales");
   const key = h("div", { class: "small soft row" }, h("span", {}, "less likely", h("span", { class: "key push" }), "more likely"), h("span", {}, "no weight", h("span", { class: "key weight" }), "most"), own);
   return section("credit", "Who got the credit", "Which tokens of the chosen picture the update pushed, scale by scale, over the picture itself. It follows the slider and the prompt above.",
-    panwBars(), h("div", { class: "row spread", style: { "margin-top": "14px" } }, note, key), scales);
+    panwBars(), h("div", { class: "row spread" }, note, key), scales);
 }
 
 /* ---- curves ---- */
@@ -414,14 +424,14 @@ function curves() {
   const notes = [every > 1 && `Each point is the mean of ${every} steps.`, torn > 0 && `${torn} torn line${torn > 1 ? "s" : ""} of metrics.jsonl skipped.`].filter(Boolean).join(" ");
   const marked = troubles().length ? " Dashed red: a warning or a restart." : "";
   return section("curves", "Curves", `Strong: moving average. Faint: as measured.${marked} ${notes}`,
-    h("div", { class: "row spread" }, h("span", {}), smoothing()), h("div", { class: "charts", style: { "margin-top": "8px" } }, groups(columns).map(([title, list]) => metricChart(title, list))));
+    h("div", { class: "row spread" }, h("span", {}), smoothing()), h("div", { class: "charts" }, groups(columns).map(([title, list]) => metricChart(title, list))));
 }
 function entropy() {
   const list = Object.keys(run.metrics?.columns || {}).filter((name) => name.startsWith("entropy/step_")).sort((a, b) => Number(a.split("_").pop()) - Number(b.split("_").pop()));
   if (!list.length) return null;
   const lines = metricChart("entropy per scale, nats", list, ramp);
   return section("entropy", "Entropy per scale", "How undecided the model is at each step of drawing, coarse (light) to fine (dark). A scale that falls to 0 has stopped exploring.",
-    h("div", { class: "charts", style: { "grid-template-columns": "repeat(auto-fill, minmax(min(100%, 560px), 1fr))" } }, lines, entropyMap(list)));
+    h("div", { class: "charts", style: { "grid-template-columns": "repeat(auto-fill, minmax(min(100%, 460px), 1fr))" } }, lines, entropyMap(list)));
 }
 function entropyMap(list) {
   const { steps, columns } = run.metrics, blocks = Math.min(60, steps.length), top = Math.max(...list.flatMap((name) => columns[name].filter(isNumber)));
@@ -450,7 +460,7 @@ function timing() {
   const legend = h("div", { class: "legend num" }, phases.map(([name, t], i) => h("span", {}, h("span", { class: "swatch", style: { background: fillOf(i) } }), `${words(name)} `, h("b", {}, `${format(t)} s`), h("span", { class: "soft" }, ` ${(100 * t / total).toFixed(0)} %`))));
   const lists = [["seconds per step", Object.keys(columns).filter((name) => name.startsWith("seconds/"))], ["images_per_second", ["images_per_second"]]].filter(([, list]) => list.every((name) => columns[name]?.some(isNumber)));
   return section("time", "Where the time goes", `A mean step takes ${format(total)} s${columns.images_per_second ? ` and draws ${format(mean("images_per_second"))} images per second` : ""}.`,
-    h("div", { class: "card" }, bar, legend), h("div", { class: "charts", style: { "margin-top": "12px" } }, lists.map(([title, list]) => metricChart(title, list))));
+    h("div", { class: "card" }, bar, legend), h("div", { class: "charts" }, lists.map(([title, list]) => metricChart(title, list))));
 }
 
 /* ---- tables ---- */
@@ -459,7 +469,7 @@ function cell(name, value, range) {
   if (typeof value !== "object") return String(value);
   const whisker = range && value.interval && isNumber(value.value) && s("svg", { class: "whisker", viewBox: "0 0 118 9", "aria-hidden": "true" },
     s("line", { class: "rail", x1: 0, x2: 118, y1: 4.5, y2: 4.5 }), s("line", { x1: range(value.interval[0]), x2: range(value.interval[1]), y1: 4.5, y2: 4.5 }), s("circle", { cx: range(value.value), cy: 4.5, r: 3 }));
-  return [formatAs(name, value.value), value.interval && h("span", { class: "ci" }, formatInterval(name, value.interval)), whisker];
+  return [formatAs(name, value.value, formatEven), value.interval && h("span", { class: "ci" }, formatInterval(name, value.interval)), whisker];
 }
 function table({ title, rows }) {
   const names = [...new Set(rows.flatMap((row) => Object.keys(row.cells)))];
@@ -475,7 +485,7 @@ function table({ title, rows }) {
 }
 function results() {
   const rest = Object.keys(run.facts).length && h("div", { class: "card" }, facts(run.facts));
-  return section("results", "Results", run.tables.length ? "Square brackets are intervals; the line under a number draws it on the column's own range." : null, absent("tables"), h("div", { class: "tables" }, run.tables.map(table), rest || null));
+  return section("results", "Results", run.tables.length ? "Square brackets are intervals; the line under a number draws it on the column's own range." : null, absent("tables"), run.tables.length || rest ? h("div", { class: "tables" }, run.tables.map(table), rest || null) : null);
 }
 
 /* ---- probe, events, configuration ---- */
@@ -499,9 +509,9 @@ const PROBED = {
 function probe() {
   const charts = (run.probe.charts || []).map(({ name, points }) => errorBars(...(PROBED[name] || [words(name), ""]), points));
   const advice = run.probe.recommendations || [];
-  return section("probe", "Probe", charts.length ? "What decides a run, measured on this model and reward. Black: interval." : null, absent("probe"),
-    charts.length ? h("div", { class: "charts" }, charts) : null, advice.length ? h("div", { class: "card", style: { "margin-top": "12px" } }, h("h3", {}, "Recommended"), h("ul", { class: "advice" }, advice.map((line) => h("li", {}, line)))) : null,
-    Object.keys(run.probe.facts || {}).length ? h("div", { class: "card", style: { "margin-top": "12px" } }, facts(run.probe.facts)) : null);
+  return section("probe", "Probe", charts.length ? "What decides a run, measured on this model and reward. Thin lines: intervals." : null, absent("probe"),
+    charts.length ? h("div", { class: "charts" }, charts) : null, advice.length ? h("div", { class: "card" }, h("h3", {}, "Recommended"), h("ul", { class: "advice" }, advice.map((line) => h("li", {}, prose(line))))) : null,
+    Object.keys(run.probe.facts || {}).length ? h("div", { class: "card" }, facts(run.probe.facts)) : null);
 }
 function when(time) {
   const date = isNumber(time) ? new Date(1000 * time) : new Date(time);
@@ -512,13 +522,13 @@ function events() {
     h("span", { class: "soft num", title: "UTC" }, when(event.time)), h("span", { class: "num" }, isNumber(event.step) ? `step ${event.step} ` : "", h("b", { class: troubles().includes(event) ? "bad" : "" }, event.kind)), h("span", {}, event.message)])) : null);
 }
 function configuration() {
-  return section("config", "Configuration", null, h("details", { class: "card" }, h("summary", {}, "everything that was set, as `varl train` takes it back"), h("pre", {}, run.config)));
+  return section("config", "Configuration", null, h("details", { class: "card" }, h("summary", {}, prose("everything that was set, as `varl train` takes it back")), h("pre", {}, run.config)));
 }
 
 /* ---- a comparison of runs ---- */
 function comparison() {
   const many = run.runs.map((name, i) => h("span", {}, h("span", { class: "swatch", style: { background: colour(i) } }), name));
-  const line = (row) => h("tr", {}, row.map((text, i) => h("td", { class: i ? "mono wrap" : "wrap" }, isNumber(text) ? format(text) : String(text ?? "–"))));
+  const line = (row) => h("tr", {}, row.map((text, i) => h("td", { class: i ? "mono wrap" : "wrap" }, isNumber(text) ? formatEven(text) : String(text ?? "–"))));
   const grid = (rows) => h("div", { class: "card scroll" }, h("table", {}, h("thead", {}, h("tr", {}, h("th", {}), run.runs.map((name) => h("th", { class: "wrap" }, name)))), h("tbody", {}, rows.map(line))));
   const title = h("header", {}, h("div", { class: "eyebrow" }, "VARL · comparison"), h("h1", {}, run.title), h("div", { class: "legend", style: { "margin-top": "10px" } }, many));
   return [title, h("nav", { "aria-label": "sections" }),
@@ -526,7 +536,7 @@ function comparison() {
     section("final", "Final metrics", run.last, grid(run.metrics)),
     section("settings", "What was set differently", null, run.settings.length ? grid(run.settings) : h("div", { class: "absent" }, "Nothing: the configurations agree.")),
     section("curves", "Curves", "Strong: moving average. Faint: as measured.", h("div", { class: "row spread" }, h("span", {}), smoothing()),
-      h("div", { class: "charts", style: { "margin-top": "8px" } }, run.curves.map(({ name, series, says }) => chart(name, series.map((each) => ({ ...each, colour: colour(each.run), name: run.runs[each.run], legend: true })), { says }))))];
+      h("div", { class: "charts" }, run.curves.map(({ name, series, says }) => chart(name, series.map((each) => ({ ...each, colour: colour(each.run), name: run.runs[each.run], legend: true })), { says }))))];
 }
 
 /* ---- the page ---- */
@@ -537,13 +547,16 @@ const parts = run.kind === "run"
 page.replaceChildren(...parts.filter(Boolean), h("footer", {}, "Made by VARL. This page holds everything it shows and asks no server for anything."));
 const links = sections.map(([id, title]) => h("a", { href: `#${id}` }, title));
 page.querySelector("nav").append(...links);
-const reader = new IntersectionObserver((entries) => {
-  for (const entry of entries) if (entry.isIntersecting) for (const link of links) link.classList.toggle("here", link.hash === `#${entry.target.id}`);
-}, { rootMargin: "-15% 0px -75% 0px" });
-for (const part of page.querySelectorAll("section")) reader.observe(part);
+/* The link of the section that is being read: the last one whose head has passed the upper third. */
+function markHere() {
+  const passed = sections.filter(([id]) => document.getElementById(id).getBoundingClientRect().top < window.innerHeight / 3);
+  for (const link of links) link.classList.toggle("here", link.hash === `#${(passed.at(-1) || sections[0])[0]}`);
+}
+window.addEventListener("scroll", markHere, { passive: true });
 if (film) {
   if (followLink()) document.getElementById("film").scrollIntoView();
   else show(film.steps.length - 1, 0, true);
   window.addEventListener("hashchange", followLink);
 }
+markHere();
 root.dataset.ready = "true";

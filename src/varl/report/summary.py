@@ -69,12 +69,25 @@ def rows(value: Any, label: str = "") -> list[dict[str, Any]]:
     return own + [row for way, part in below.items() for row in rows(part, way)]
 
 
+def turned(value: Any) -> Any:
+    """{"before": {"0.5": row}, "after": {"0.5": row}} gives {"0.5": row}, with what was before and after side by side in it."""
+    parts = list(value.values()) if isinstance(value, Mapping) else []
+    alike = all(isinstance(part, Mapping) and all(map(is_row, part.values())) and part.keys() == parts[0].keys() for part in parts)
+    if not parts or not alike:
+        return value
+    sides = {key: {side: measures(value[side][key]) for side in value} for key in parts[0]}
+    names = {key: dict.fromkeys(name for cells in each.values() for name in cells) for key, each in sides.items()}
+    return {key: {f"{name}, {side}": each[side].get(name) for name in names[key] for side in each} for key, each in sides.items()}
+
+
 def tables(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """[{"title", "rows": [{"label", "cells"}]}]: the single rows together first, then each table."""
     tree = nested(summary)
     single = {key: value for key, value in tree.items() if is_row(value)}
-    found = [{"title": "results", "rows": rows(single)}] if single else []
-    return found + [{"title": key, "rows": rows(value)} for key, value in tree.items() if is_table_part(value) and key not in single]
+    found = [{"title": "overall", "rows": rows(single)}] if single else []
+    return found + [
+        {"title": key, "rows": rows(turned(value))} for key, value in tree.items() if is_table_part(value) and key not in single
+    ]
 
 
 def facts(summary: Mapping[str, Any]) -> dict[str, Any]:
