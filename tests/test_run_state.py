@@ -77,7 +77,7 @@ def test_a_run_resumes_bit_identically_from_disk(tmp_path, name):
             model["head"](model["blocks"][0](x).tanh()).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-            ema.update()
+            ema.update(model)
 
     model, optimizer, ema = start()
     go(model, optimizer, ema, range(4))
@@ -215,7 +215,7 @@ def test_average_by_hand():
     ema = EMA(model, 0.75)
     for want in (0.25, 0.4375):
         nn.init.constant_(model.weight, 1.0)
-        ema.update()
+        ema.update(model)
         assert ema.state_dict().keys() == {"weight"}
         assert ema.state_dict()["weight"].item() == want
 
@@ -227,7 +227,7 @@ def test_swap_gives_the_own_weights_back_even_after_an_error():
     average, own = copy.deepcopy(ema.state_dict()), copy.deepcopy(model.state_dict())
 
     def draw():
-        with ema.swapped():
+        with ema.swapped(model):
             assert torch.equal(model.weight, average["weight"])
             raise KeyboardInterrupt
 

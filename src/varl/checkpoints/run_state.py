@@ -33,8 +33,8 @@ class RunState:
 
 
 def save(folder: Path | str, step: int, tensors: Mapping[str, Mapping[Any, Any]], extra: Mapping[str, Any], keep: int = 2) -> Path:
-    """`folder`/step-NNNNNN, written whole or not at all; then all but the `keep` newest are removed, and any of a later step too: a run
-    that saves `step` has left those behind. A group of `tensors` may nest mappings, lists, tuples, numbers and strings around its tensors."""
+    """`folder`/step-NNNNNN, written whole or not at all. Then all but the `keep` newest are removed, and any of a later step too: a run
+    that saves `step` has left those behind. In a group, mappings, lists, tuples, numbers and strings may nest around the tensors."""
     parts: dict[str, bytes | Mapping[str, Tensor]] = {}
     groups = {}
     for group, state in tensors.items():

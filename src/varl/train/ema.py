@@ -14,23 +14,23 @@ class EMA:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self._live = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self._mean = {name: p.detach().clone() for name, p in self._live.items()}
+        self._mean = {name: p.detach().clone() for name, p in _trainable(module).items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        for name, p in self._live.items():
+    def update(self, module: nn.Module) -> None:
+        for name, p in _trainable(module).items():
             self._mean[name].lerp_(p, 1 - self.decay)
 
     @contextmanager
-    def swapped(self) -> Iterator[None]:
+    def swapped(self, module: nn.Module) -> Iterator[None]:
         """Inside, the module holds the average; afterwards its own weights again, bit for bit."""
-        own = {name: p.detach().clone() for name, p in self._live.items()}
-        self._fill(self._live, self._mean)
+        live = _trainable(module)
+        own = {name: p.detach().clone() for name, p in live.items()}
+        _fill(live, self._mean)
         try:
             yield
         finally:
-            self._fill(self._live, own)
+            _fill(live, own)
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self._mean)
@@ -41,9 +41,14 @@ class EMA:
             raise CheckpointError(
                 f"the saved average is of other parameters: {', '.join(other[:8])}. Resume with the config it was saved with."
             )
-        self._fill(self._mean, state)
+        _fill(self._mean, state)
 
-    @torch.no_grad()
-    def _fill(self, into: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
-        for name, tensor in into.items():
-            tensor.copy_(source[name])
+
+def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def _fill(into: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+    for name, tensor in into.items():
+        tensor.copy_(source[name])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from varl.config import OptimConfig
+from varl.distributed.shard import laid_like, whole
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """a, b, c of the quintic: steep at 0, so that five steps are enough; singular values end near 1, between about 0.7 and 1.2."""
@@ -88,8 +89,9 @@ class Muon(torch.optim.Optimizer):
                 buffer = self.state[p]["momentum"].lerp_(p.grad, 1 - momentum)
                 updates.append(p.grad.lerp(buffer, momentum))
             scale = muon_scale(*same[0].shape)
-            for p, direction in zip(same, orthogonalise(torch.stack(updates)).unbind(), strict=True):
-                p.mul_(1 - lr * group["weight_decay"]).add_(direction, alpha=-lr * scale)
+            directions = orthogonalise(torch.stack([whole(update) for update in updates]))
+            for p, direction in zip(same, directions.unbind(), strict=True):
+                p.mul_(1 - lr * group["weight_decay"]).add_(laid_like(direction, p), alpha=-lr * scale)
 
     def _adamw(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         for p in parameters:
