@@ -1,0 +1,253 @@
+"""A run directory: what was asked, what happened step by step, and what came out, so that a run can be read, resumed and compared.
+
+config.yaml, metrics.jsonl (one object a step), events.jsonl, images/step-000010.png, tensorboard/, checkpoints/, summary.json."""
+
+import fcntl
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from varl.checkpoints.folder import write_bytes
+from varl.errors import ConfigError
+from varl.settings import diff, from_yaml, to_yaml
+
+METRICS = {
+    "reward": "mean over the step's pictures that could be judged, weighted sum of the parts, in the rewards' own unit",
+    "reward_std": "mean over groups of the standard deviation within the group, unit of the reward",
+    "reward_failed": "share of pictures whose reward failed",
+    "rewards/*/mean": "mean of one part over pictures, before its weight, in its own unit",
+    "rewards/*/std": "standard deviation of one part over pictures, before its weight, in its own unit",
+    "frac_reward_zero_std": "share of groups in which all rewards are equal, so that they teach nothing",
+    "advantage_abs_mean": "mean over tokens of |advantage|; unit of the reward, or standard deviations if scaled",
+    "loss": "minus the objective divided by its size: what the optimizer descends; its value has no meaning across steps",
+    "kl": "mean over scored tokens of the analytic KL(policy || reference), nats per token",
+    "entropy": "mean entropy of the scored law, nats per token",
+    "entropy/step_*": "the same over the tokens of one step (0 is the coarsest scale), nats per token",
+    "clip_ratio/*": "share of learning tokens whose gradient the clip stopped: low_mean below, high_mean above, region_mean either",
+    "grad_norm": "L2 norm of the gradient before clipping",
+    "grad_norm/*": "L2 norm of one part's gradient before clipping",
+    "lr": "AdamW's learning rate",
+    "sampling/sampling_logp_difference/mean": "mean |log-prob now - log-prob recorded while sampling|, nats; 0 before the first update",
+    "sampling/sampling_logp_difference/max": "its maximum over tokens, nats; what the replay gate holds against the dtype's tolerance",
+    "sampling/law_gap": "mean |log-prob under the sample law - under the score law|, nats; 0 if the two laws are one",
+    "sampling/law_difference/mean": "mean |log-prob under the sample law - under the score law|, nats; only where the two laws differ",
+    "sampling/law_difference/max": "its maximum over tokens, nats",
+    "mask_occupancy": "share of active tokens that the mask lets learn from the reward",
+    "mask_occupancy/*": "the same over the tokens of one step",
+    "stage": "which tokens were trained: all, prefix or suffix",
+    "middle_step": "m, the number of steps in the prefix",
+    "variance_share": "share of the reward's variance that is settled by the middle step",
+    "tokens_trained": "tokens with a weight in this step's objective",
+    "reward_calls": "pictures judged so far",
+    "images_per_second": "pictures drawn, judged and trained on, per second of wall clock",
+    "seconds/rollout": "drawing tokens, seconds of this step",
+    "seconds/decode": "tokens to pixels, seconds of this step",
+    "seconds/reward_wait": "waiting for rewards that were not ready, seconds of this step",
+    "seconds/train": "forward and backward of the objective, seconds of this step",
+    "seconds/optimizer": "summing, clipping and applying the gradient, seconds of this step",
+    "seconds/total": "the whole step, seconds of wall clock",
+    "memory_gb": "largest memory held so far, 10^9 bytes; of the GPU if there is one",
+    "eval/*": "on held-out prompts at fixed seeds, in the metric's own unit",
+    "pretrain/loss": "tokenizer: pixel and codebook loss; transformer: cross-entropy, nats per token",
+    "pretrain/psnr": "of reconstructed pictures, dB",
+    "pretrain/code_usage": "share of the codebook in use",
+    "pretrain/perplexity": "exp of the mean cross-entropy per token",
+    "pretrain/accuracy": "share of tokens whose most probable value is the right one",
+    "pretrain/*": "a further quantity of pre-training, in its own unit",
+}
+"""Every metric that a run may write, with its unit; * stands for any name."""
+
+MAY_CHANGE = frozenset(
+    (
+        "train.steps",
+        "train.max_seconds",
+        "train.save_every",
+        "train.image_every",
+        "train.keep",
+        "eval.every",
+        "steps",
+        "max_seconds",
+        "save_every",
+    )
+)
+"""Settings with which a run may go on although it was started with others."""
+
+
+@cache
+def definition(metric: str) -> str:
+    """What METRICS says about `metric`; the longest pattern that fits, if its own name is not there."""
+    fitting = [pattern for pattern in METRICS if pattern == metric or fnmatchcase(metric, pattern)]
+    if not fitting:
+        raise KeyError(f"metric {metric!r} has no definition. Add it, with its unit, to METRICS in varl/train/record.py.")
+    return METRICS[metric if metric in fitting else max(fitting, key=len)]
+
+
+class RunDirectory:
+    """The one writer of a run directory; a second process is refused while this one lives. Step n is the state after n updates."""
+
+    def __init__(self, path: Path | str, config: Any) -> None:
+        """Opens `path` for a run of `config`, new or to go on."""
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.path / "lock")
+        try:
+            self._agree(config)
+        except ConfigError:
+            self._lock.close()
+            raise
+        self._metrics = (self.path / "metrics.jsonl").open("ab")
+        self._tensorboard = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def failures(self) -> Path:
+        """Where batches are saved that gave numbers that mean nothing."""
+        return self.path / "failures"
+
+    def resume(self, step: int) -> None:
+        """Call it before the first `write`, with 0 in a new run: forgets the metrics of later steps than `step`, and what a kill left of a
+        line, for they will be written again; opens TensorBoard's file where that package is installed."""
+        file = self.path / "metrics.jsonl"
+        kept = [line for line in file.read_bytes().splitlines(keepends=True) if _step(line) <= step]
+        self._metrics.close()
+        _replace(file, b"".join(kept))
+        self._metrics = file.open("ab")
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        self._tensorboard = _tensorboard(self.path / "tensorboard", step + 1)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, on the disk before this returns; NaN and infinities become null. A metric that METRICS does not define
+        is a KeyError."""
+        line: dict[str, Any] = {"step": step}
+        for name, value in metrics.items():
+            if name != "step":
+                definition(name)
+                line[name] = None if isinstance(value, float) and not math.isfinite(value) else value
+        self._metrics.write(json.dumps(line).encode() + b"\n")
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+        if self._tensorboard is not None:
+            for name, value in line.items():
+                if isinstance(value, int | float) and name != "step":
+                    self._tensorboard.add_scalar(name, value, step)
+
+    def event(self, step: int, kind: str, message: str) -> None:
+        """One line of events.jsonl: a warning, a stop, a replaced worker, a refused checkpoint."""
+        with (self.path / "events.jsonl").open("a", encoding="utf-8") as out:
+            out.write(json.dumps({"time": time.time(), "step": step, "kind": kind, "message": message}, ensure_ascii=False) + "\n")
+
+    def images(self, step: int, images: Float[Tensor, "B 3 H W"], captions: Sequence[str]) -> Path:
+        """images/step-NNNNNN.png: the pictures, pixels in [0, 1], with their captions."""
+        file = self.path / "images" / f"step-{step:06d}.png"
+        file.parent.mkdir(exist_ok=True)
+        beside = file.with_name(f"{file.name}.tmp")
+        picture_grid(images, captions).save(beside, format="PNG")
+        beside.replace(file)
+        return file
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """summary.json: what came out, in numbers and strings."""
+        _replace(self.path / "summary.json", json.dumps(_finite(values), indent=2, ensure_ascii=False).encode())
+
+    def close(self) -> None:
+        self._metrics.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        self._lock.close()
+
+    def _agree(self, config: Any) -> None:
+        """Writes config.yaml, or holds `config` against the one that is there."""
+        file = self.path / "config.yaml"
+        if file.exists():
+            lines = [line for line in diff(from_yaml(file.read_text(), type(config)), config) if line.split(":")[0] not in MAY_CHANGE]
+            if lines:
+                every = "\n  ".join(lines)
+                raise ConfigError(
+                    f"{self.path} holds a run with other settings:\n  {every}\nGive another --out, or the same settings to go on."
+                )
+        elif strange := sorted(entry.name for entry in self.path.iterdir() if entry.name not in ("lock", "config.yaml.tmp")):
+            raise ConfigError(f"{self.path} is no run directory, but is not empty ({', '.join(strange[:3])}). Give another --out.")
+        _replace(file, to_yaml(config).encode())
+
+
+def picture_grid(images: Float[Tensor, "B 3 H W"], captions: Sequence[str]) -> Image.Image:
+    """The pictures in rows, each enlarged by a whole factor to about 256 pixels on its longer side, with its caption below."""
+    gap, line = 8, 18
+    height, width = images.shape[-2:]
+    factor = max(1, 256 // max(height, width))
+    cell_width, cell_height = factor * width + gap, factor * height + line + gap
+    columns = max(1, min(len(images), 1056 // cell_width))
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    for i, (picture, caption) in enumerate(zip(pixels, captions, strict=True)):
+        x, y = gap + i % columns * cell_width, gap + i // columns * cell_height
+        sheet.paste(Image.fromarray(picture).resize((factor * width, factor * height), Image.Resampling.NEAREST), (x, y))
+        while caption and font.getlength(caption) > factor * width:
+            caption = caption[:-1]
+        pen.text((x, y + factor * height + 1), caption, fill="black", font=font)
+    return sheet
+
+
+def _lock(file: Path) -> Any:
+    """The open lock file, held until it is closed or the process dies; it says by which process."""
+    lock = file.open("a+")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.seek(0)
+        holder = lock.read().strip()
+        lock.close()
+        raise ConfigError(f"{file.parent} is in use by process {holder}. Wait for it, stop it, or give another --out.") from error
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+def _tensorboard(path: Path, first_step: int) -> Any:
+    """A TensorBoard writer, None where that package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(path), purge_step=first_step)
+
+
+def _step(line: bytes) -> float:
+    """The step of a metrics line; infinity for what is no whole line."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except ValueError:
+        return math.inf
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _replace(file: Path, data: bytes) -> None:
+    """`file` holds `data` from one moment to the next."""
+    beside = file.with_name(f"{file.name}.tmp")
+    write_bytes(beside, data)
+    beside.replace(file)
