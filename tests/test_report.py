@@ -66,9 +66,11 @@ def metric_line(step: int, steps: int, rng: random.Random) -> dict:
         "grad_norm": 0.6 + 0.4 * math.exp(-2 * t) + abs(rng.gauss(0, 0.12)),
         "clip_ratio/region_mean": abs(rng.gauss(0.01, 0.004)),
         "sampling/sampling_logp_difference/max": abs(rng.gauss(4e-6, 1e-6)),
+        "sampling/sampling_logp_difference/mean": abs(rng.gauss(4e-7, 1e-7)),
+        "sampling/law_gap": 0.4 + rng.gauss(0, 0.02),
         "mask_occupancy": 0.62 + rng.gauss(0, 0.02),
         "lr": 1e-4 * (1 - t),
-        "reward_calls": 256,
+        "reward_calls": 256 * step,
         "images_per_second": 46 + rng.gauss(0, 2),
     }
     seconds = {"rollout": 1.9, "decode": 0.3, "reward_wait": 0.45, "train": 2.4, "optimizer": 0.12}
@@ -317,6 +319,7 @@ def test_a_metric_s_own_definition_is_preferred():
     assert define("rewards/ocr/mean", table) == "own"
     assert define("rewards/clip/mean", table) == "pattern"
     assert define("kl", table) is None
+    assert define("eval/ned/mean", {"*": "any", "eval/*": "held out"}) == "held out"
 
 
 def test_summary_flat_and_nested_say_the_same():
@@ -414,14 +417,15 @@ def test_equal_runs_are_called_equal(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text(f"name: {name}\nseed: 1\n")
         write_lines(
-            tmp_path / name / "metrics.jsonl", [{"step": k, "reward": 0.5, "seconds/total": 2.0, "reward_calls": 8} for k in range(3)]
+            tmp_path / name / "metrics.jsonl",
+            [{"step": k, "reward": 0.5, "seconds/total": 2.0, "reward_calls": 8 * k + 8} for k in range(3)],
         )
     assert compare_text([tmp_path / "a", tmp_path / "b"]) == (
         "final metrics    a    b\n"
         "-----------------------\n"
         "reward         0.5  0.5\n"
         "seconds/total    2    2\n"
-        "reward_calls     8    8\n"
+        "reward_calls    24   24\n"
         "\nThe configurations agree.\n"
         "\nSame seed, same number of judged pictures, same time.\n"
     )

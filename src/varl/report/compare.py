@@ -11,10 +11,12 @@ from varl.report.page import curves, duration, render
 from varl.report.summary import is_row, measures, nested
 
 LAST = 10
-"""Steps at the end of a run over which a training metric is averaged; of an evaluation the last one counts."""
+"""Steps at the end of a run over which a training metric is averaged; of an evaluation and of a count the last one stands."""
+COUNTS = ("reward_calls", "memory_gb")
+"""Metrics of the run so far, not of the step."""
 SLACK = 0.05
 """Wall clocks that differ by less than this share are the same time."""
-SAYS_LAST = f"eval/* as last evaluated, after/* from the summary, all others as the mean of the last {LAST} steps."
+SAYS_LAST = f"eval/* and counts as last written, after/* from the summary, all others as the mean of the last {LAST} steps."
 
 
 def compare(runs: Sequence[Path], out: Path | None = None) -> Path:
@@ -53,7 +55,7 @@ def finals(run: Run) -> dict[str, float | int]:
     """Metric -> where it ended."""
     ended = {}
     for name, column in run.columns.items():
-        known = numbers(column)[-1:] if name.startswith("eval/") else numbers(column[-LAST:])
+        known = numbers(column)[-1:] if name.startswith("eval/") or name in COUNTS else numbers(column[-LAST:])
         if known:
             ended[name] = sum(known) / len(known)
     after = nested(run.summary).get("after")
@@ -93,9 +95,9 @@ def unequal(runs: Sequence[Run]) -> list[str]:
 
 
 def reward_calls(run: Run) -> int | None:
-    """Pictures judged, as the summary counts them or as the steps add up."""
-    counted = run.summary.get("reward_calls") or sum(numbers(run.columns.get("reward_calls", [])))
-    return int(counted) if counted else None
+    """Pictures judged, as counted in the summary or at the last step."""
+    counted = [run.summary.get("reward_calls"), *reversed(numbers(run.columns.get("reward_calls", [])))]
+    return next((int(count) for count in counted if count is not None), None)
 
 
 def listed(names: Sequence[str], values: Sequence[Any]) -> str:

@@ -394,17 +394,17 @@ const ORDER = ["reward", "reward_std", "rewards", "eval", "kl", "entropy", "grad
 const rank = (name) => (ORDER.indexOf(name) + 1 || ORDER.length + 1);
 const TIMING = ["seconds/", "images_per_second", "entropy/step_"];
 
-/* Metrics that share the room before their first "/" share a chart, as long as it can be read. */
+/* Metrics that differ only after their last "/" share a chart, as long as it can be read. */
+const roomOf = (name) => name.split("/").slice(0, -1).join("/");
 function groups(columns) {
   const names = Object.keys(columns).filter((name) => columns[name].some(isNumber) && !TIMING.some((prefix) => name.startsWith(prefix)));
   const rooms = {};
-  for (const name of names) (rooms[name.includes("/") ? name.split("/")[0] : name] ??= []).push(name);
+  for (const name of names) (rooms[roomOf(name) || name] ??= []).push(name);
   return Object.entries(rooms).flatMap(([room, list]) => (list.length <= 6 ? [[list.length > 1 ? room : list[0], list]] : list.map((name) => [name, [name]])))
     .sort((a, b) => rank(a[0].split("/")[0]) - rank(b[0].split("/")[0]));
 }
 function shortNames(list) {
-  const room = list[0].split("/")[0] + "/";
-  return list.length > 1 ? list.map((name) => (name.startsWith(room) ? name.slice(room.length) : name)) : list;
+  return list.length > 1 ? list.map((name) => name.split("/").pop()) : list;
 }
 const troubles = () => run.events.filter((event) => isNumber(event.step) && /warn|error|stop|refus|fail|replac/i.test(event.kind || ""));
 function caption(step) {
@@ -414,7 +414,7 @@ function caption(step) {
 function metricChart(title, list, colourOf = colour) {
   const { steps, columns, definitions } = run.metrics, short = shortNames(list);
   const texts = [...new Set(list.map((name) => definitions[name]).filter(Boolean))];
-  const says = list.length === 1 || texts.length === 1 ? texts[0] : list.map((name, i) => definitions[name] && `${short[i]}: ${definitions[name]}`).filter(Boolean).join(" ");
+  const says = list.length === 1 || texts.length === 1 ? texts[0] : list.map((name, i) => definitions[name] && `${short[i]}: ${definitions[name]}`).filter(Boolean).join(" · ");
   return chart(title, list.map((name, i) => ({ name: short[i], colour: colourOf(i, list.length), x: steps, y: columns[name] })), { says, caption, marks: troubles() });
 }
 function curves() {

@@ -109,8 +109,9 @@ def span_mean(span: Sequence[Cell]) -> Cell:
 
 
 def define(name: str, definitions: Mapping[str, str]) -> str | None:
-    """What a metric means; its own name is preferred to a pattern."""
-    return definitions.get(name) or next((text for pattern, text in definitions.items() if fnmatchcase(name, pattern)), None)
+    """What a metric means: by its own name, else by the longest pattern that fits."""
+    fitting = [pattern for pattern in definitions if fnmatchcase(name, pattern)]
+    return definitions.get(name) or (definitions[max(fitting, key=len)] if fitting else None)
 
 
 def render(content: Mapping[str, Any]) -> str:
