@@ -11,7 +11,7 @@ from PIL import Image
 from varl.config import GRPOConfig, NextScaleConfig, OptimConfig, PretrainConfig, RunConfig, TextConfig, TrainConfig
 from varl.errors import ConfigError
 from varl.settings import from_yaml, override
-from varl.train.record import METRICS, RunDirectory, definition, picture_grid
+from varl.train.record import METRICS, RunDirectory, definition, picture_grid, save_picture
 
 CONFIG = RunConfig(model="m", algorithm=GRPOConfig())
 
@@ -49,7 +49,7 @@ def test_resume_forgets_later_steps_and_torn_lines_and_goes_on(tmp_path):
         out.write('{"step": 2, "rew')
 
     run = RunDirectory(tmp_path, CONFIG)
-    run.resume(3)
+    run.truncate(3)
     run.write(4, {"reward": 40.0})
     run.close()
     assert [(line["step"], line["reward"]) for line in lines(run)] == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
@@ -59,7 +59,7 @@ def test_resume_forgets_later_steps_and_torn_lines_and_goes_on(tmp_path):
 def test_tensorboard_has_the_finite_scalars(tmp_path):
     loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
     run = RunDirectory(tmp_path, CONFIG)
-    run.resume(0)
+    run.truncate(0)
     run.write(1, {"reward": 0.25, "kl": float("nan"), "stage": "all"})
     run.close()
     (file,) = (tmp_path / "tensorboard").iterdir()
@@ -88,13 +88,30 @@ def test_what_may_change_is_taken_over(tmp_path):
         RunDirectory(tmp_path, dataclasses.replace(longer, train=TrainConfig(optim=OptimConfig(lr=0.1))))
 
 
-def test_a_run_of_another_kind_and_a_folder_of_something_else_are_refused(tmp_path):
+def test_one_picture_is_saved_to_the_pixel(tmp_path):
+    image = torch.tensor([[[0.0, 1.0]], [[0.2, 0.5]], [[-1.0, 2.0]]])
+    save_picture(tmp_path / "a" / "00.png", image)
+    with Image.open(tmp_path / "a" / "00.png") as got:
+        assert (got.size, got.getpixel((0, 0)), got.getpixel((1, 0))) == ((2, 1), (0, 51, 0), (255, 128, 255))
+
+
+def test_other_ranks_are_silent_but_know_the_metrics(tmp_path):
+    run = RunDirectory(tmp_path / "run", CONFIG, writer=False)
+    run.truncate(0)
+    run.write(1, {"reward": 1.0})
+    run.event("stop", "x")
+    run.images(1, torch.zeros(1, 3, 2, 2), ["a"])
+    run.summary({})
+    run.close()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(KeyError):
+        run.write(2, {"rewrad": 1.0})
+
+
+def test_a_run_of_another_kind_is_refused(tmp_path):
     RunDirectory(tmp_path / "run", CONFIG).close()
     with pytest.raises(ConfigError, match="unknown key"):
         RunDirectory(tmp_path / "run", PretrainConfig(model=NextScaleConfig(text=TextConfig())))
-    (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(ConfigError, match=r"is no run directory, but is not empty \(run, thesis\.tex\)"):
-        RunDirectory(tmp_path, CONFIG)
 
 
 def test_a_living_process_keeps_others_out_and_a_dead_one_does_not(tmp_path):
@@ -119,8 +136,10 @@ time.sleep(600)
 
 def test_events_and_summary(tmp_path):
     run = RunDirectory(tmp_path, CONFIG)
-    run.event(3, "refused", "checkpoint step-000003: Ä")
-    run.event(4, "stop", "asked to stop")
+    run.truncate(3)
+    run.event("refused", "checkpoint step-000003: Ä")
+    run.write(4, {"reward": 1.0})
+    run.event("stop", "asked to stop")
     run.summary({"before": {"ned": 0.5}, "after": [1.0, float("nan")]})
     run.summary({"before": {"ned": 0.5}, "after": [1.0, float("inf")]})
     run.close()
@@ -148,10 +167,9 @@ def test_pictures_are_enlarged_without_blur_and_captioned():
 
 def test_a_large_picture_is_not_enlarged(tmp_path):
     run = RunDirectory(tmp_path, CONFIG)
-    file = run.images(10, torch.rand(2, 3, 300, 300), ["a", "b"])
+    run.images(10, torch.rand(2, 3, 300, 300), ["a", "b"])
     run.close()
-    assert file == tmp_path / "images" / "step-000010.png"
-    with Image.open(file) as sheet:
+    with Image.open(tmp_path / "images" / "step-000010.png") as sheet:
         assert sheet.size == (2 * 308 + 8, 300 + 18 + 8 + 8)
 
 

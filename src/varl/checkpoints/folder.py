@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +130,10 @@ def remove_leftovers(folder: Path) -> list[str]:
         if kind not in ("tmp", "old") or not pid.isdigit() or (int(pid) != os.getpid() and process_lives(int(pid))):
             continue
         if kind == "old" and not (folder / name).exists():
-            left.rename(folder / name)
+            with suppress(FileNotFoundError):  # another process of this run was quicker
+                left.rename(folder / name)
         else:
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)
         gone.append(left.name)
     return gone
 

@@ -94,11 +94,16 @@ def definition(metric: str) -> str:
 
 
 class RunDirectory:
-    """The one writer of a run directory; a second process is refused while this one lives. Step n is the state after n updates."""
+    """The one writer of a run directory; a second run is refused while this process lives. Step n is the state after n updates."""
 
-    def __init__(self, path: Path | str, config: Any) -> None:
-        """Opens `path` for a run of `config`, new or to go on."""
+    def __init__(self, path: Path | str, config: Any, *, writer: bool = True) -> None:
+        """Opens `path` for a run of `config`, new or to go on. Of the processes of a run one is the `writer`; for the others all is silent."""
         self.path = Path(path)
+        self.writer = writer
+        self._step = 0
+        self._tensorboard = None
+        if not writer:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.path / "lock")
         try:
@@ -107,22 +112,15 @@ class RunDirectory:
             self._lock.close()
             raise
         self._metrics = (self.path / "metrics.jsonl").open("ab")
-        self._tensorboard = None
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def failures(self) -> Path:
-        """Where batches are saved that gave numbers that mean nothing."""
-        return self.path / "failures"
-
-    def resume(self, step: int) -> None:
+    def truncate(self, step: int) -> None:
         """Call it before the first `write`, with 0 in a new run: forgets the metrics of later steps than `step`, and what a kill left of a
         line, for they will be written again; opens TensorBoard's file where that package is installed."""
+        if not self.writer:
+            return
+        self._step = step
         file = self.path / "metrics.jsonl"
-        kept = [line for line in file.read_bytes().splitlines(keepends=True) if _step(line) <= step]
+        kept = [line for line in file.read_bytes().splitlines(keepends=True) if _step_of(line) <= step]
         self._metrics.close()
         _replace(file, b"".join(kept))
         self._metrics = file.open("ab")
@@ -134,10 +132,13 @@ class RunDirectory:
         """One line of metrics.jsonl, on the disk before this returns; NaN and infinities become null. A metric that METRICS does not define
         is a KeyError."""
         line: dict[str, Any] = {"step": step}
+        self._step = step
         for name, value in metrics.items():
             if name != "step":
                 definition(name)
                 line[name] = None if isinstance(value, float) and not math.isfinite(value) else value
+        if not self.writer:
+            return
         self._metrics.write(json.dumps(line).encode() + b"\n")
         self._metrics.flush()
         os.fsync(self._metrics.fileno())
@@ -146,25 +147,27 @@ class RunDirectory:
                 if isinstance(value, int | float) and name != "step":
                     self._tensorboard.add_scalar(name, value, step)
 
-    def event(self, step: int, kind: str, message: str) -> None:
-        """One line of events.jsonl: a warning, a stop, a replaced worker, a refused checkpoint."""
+    def event(self, kind: str, message: str) -> None:
+        """One line of events.jsonl, at the last step written: a warning, a stop, a replaced worker, a refused checkpoint."""
+        if not self.writer:
+            return
         with (self.path / "events.jsonl").open("a", encoding="utf-8") as out:
-            out.write(json.dumps({"time": time.time(), "step": step, "kind": kind, "message": message}, ensure_ascii=False) + "\n")
+            out.write(json.dumps({"time": time.time(), "step": self._step, "kind": kind, "message": message}, ensure_ascii=False) + "\n")
 
-    def images(self, step: int, images: Float[Tensor, "B 3 H W"], captions: Sequence[str]) -> Path:
+    def images(self, step: int, images: Float[Tensor, "B 3 H W"], captions: Sequence[str]) -> None:
         """images/step-NNNNNN.png: the pictures, pixels in [0, 1], with their captions."""
-        file = self.path / "images" / f"step-{step:06d}.png"
-        file.parent.mkdir(exist_ok=True)
-        beside = file.with_name(f"{file.name}.tmp")
-        picture_grid(images, captions).save(beside, format="PNG")
-        beside.replace(file)
-        return file
+        if self.writer:
+            _save_png(self.path / "images" / f"step-{step:06d}.png", picture_grid(images, captions))
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """summary.json: what came out, in numbers and strings."""
+        if not self.writer:
+            return
         _replace(self.path / "summary.json", json.dumps(_finite(values), indent=2, ensure_ascii=False).encode())
 
     def close(self) -> None:
+        if not self.writer:
+            return
         self._metrics.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -180,9 +183,17 @@ class RunDirectory:
                 raise ConfigError(
                     f"{self.path} holds a run with other settings:\n  {every}\nGive another --out, or the same settings to go on."
                 )
-        elif strange := sorted(entry.name for entry in self.path.iterdir() if entry.name not in ("lock", "config.yaml.tmp")):
-            raise ConfigError(f"{self.path} is no run directory, but is not empty ({', '.join(strange[:3])}). Give another --out.")
         _replace(file, to_yaml(config).encode())
+
+
+def picture(image: Float[Tensor, "3 H W"]) -> Image.Image:
+    """Pixels in [0, 1], rounded to 8 bits."""
+    return Image.fromarray((image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+
+
+def save_picture(file: Path, image: Float[Tensor, "3 H W"]) -> None:
+    """`image`, pixels in [0, 1], as a PNG; folders are made as needed."""
+    _save_png(file, picture(image))
 
 
 def picture_grid(images: Float[Tensor, "B 3 H W"], captions: Sequence[str]) -> Image.Image:
@@ -195,10 +206,9 @@ def picture_grid(images: Float[Tensor, "B 3 H W"], captions: Sequence[str]) -> I
     rows = math.ceil(len(images) / columns)
     sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    for i, (picture, caption) in enumerate(zip(pixels, captions, strict=True)):
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x, y = gap + i % columns * cell_width, gap + i // columns * cell_height
-        sheet.paste(Image.fromarray(picture).resize((factor * width, factor * height), Image.Resampling.NEAREST), (x, y))
+        sheet.paste(picture(image).resize((factor * width, factor * height), Image.Resampling.NEAREST), (x, y))
         while caption and font.getlength(caption) > factor * width:
             caption = caption[:-1]
         pen.text((x, y + factor * height + 1), caption, fill="black", font=font)
@@ -230,7 +240,7 @@ def _tensorboard(path: Path, first_step: int) -> Any:
     return SummaryWriter(str(path), purge_step=first_step)
 
 
-def _step(line: bytes) -> float:
+def _step_of(line: bytes) -> float:
     """The step of a metrics line; infinity for what is no whole line."""
     try:
         return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
@@ -244,6 +254,13 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _save_png(file: Path, sheet: Image.Image) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f"{file.name}.tmp")
+    sheet.save(beside, format="PNG")
+    beside.replace(file)
 
 
 def _replace(file: Path, data: bytes) -> None:
