@@ -70,8 +70,8 @@ def test_importance_is_eq_10_of_the_rewards_less_their_kl():
 
 @pytest.mark.parametrize(("sigma", "bonus", "tolerance"), [(0.25, 0.0625 / 4 - 0.25**4 / 16, 1e-5), (2.0, 0.64, 6e-3)])
 def test_the_optimism_of_two_continuations(sigma, bonus, tolerance):
-    """E[V] - mean for Gaussian rewards, K = 2, eta = 1, by quadrature over their difference: sigma^2 / 4 - sigma^4 / 16 while that is small,
-    half of what the soft value itself adds; 0.64 where rewards differ by 2."""
+    """E[V] - mean for Gaussian rewards, K = 2, eta = 1, by quadrature over their difference: sigma^2 / 4 - sigma^4 / 16 while that is
+    small, half of what the soft value itself adds; 0.64 where rewards differ by 2."""
     x, weight = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(80))
     pair = torch.stack([x, -x], 1) * sigma / math.sqrt(2)
     got = (middle_return(pair, "log_mean_exp") * weight).sum() / weight.sum()
