@@ -97,7 +97,7 @@ class RunDirectory:
     """The one writer of a run directory; a second run is refused while this process lives. Step n is the state after n updates."""
 
     def __init__(self, path: Path | str, config: Any, *, writer: bool = True) -> None:
-        """Opens `path` for a run of `config`, new or to go on. Of the processes of a run one is the `writer`; for the others all is silent."""
+        """Opens `path` for a run of `config`, new or to go on. One process of a run is the `writer`; in others nothing is written."""
         self.path = Path(path)
         self.writer = writer
         self._step = 0
