@@ -8,6 +8,7 @@ steps, and a longer prompt costs nothing in self-attention."""
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,8 @@ class KVCache:
 
     @classmethod
     def empty(cls, depth: int, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> "KVCache":
-        return cls(*([torch.empty(shape, device=device, dtype=dtype) for _ in range(depth)] for _ in range(2)))
+        keys, values = ([torch.empty(shape, device=device, dtype=dtype) for _ in range(depth)] for _ in range(2))
+        return cls(keys, values)
 
     def fork(self, rows: Int[Tensor, " b"], capacity: int) -> "KVCache":
         """A cache of the given rows, of room for `capacity` tokens, holding what this one holds."""
@@ -156,7 +158,7 @@ class Block(nn.Module):
         self, x: Float[Tensor, "B l D"], condition: Condition, index: int, attend: Callable[[Tensor], Tensor]
     ) -> Float[Tensor, "B l D"]:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = condition.block_modulation[index].unbind(2)
-        norm = (x.shape[-1],)
+        norm = [x.shape[-1]]
         x = x + attend(F.layer_norm(x, norm, eps=NORM_EPS) * (scale1 + 1) + shift1) * gamma1
         if condition.memory is not None and condition.memory_mask is not None:
             x = x + self.cross(x, condition.memory[index], condition.memory_mask)
@@ -219,6 +221,8 @@ class NextScale(nn.Module):
         super().__init__()
         self.config = config
         sizes = [h * w for h, w in config.grids]
+    scale_of_token: Tensor
+
         self.ends: tuple[int, ...] = tuple(accumulate(sizes))
         """Tokens up to and including each scale."""
         width, first, std = config.width, sizes[0], (1 / config.width / 3) ** 0.5
@@ -232,16 +236,21 @@ class NextScale(nn.Module):
         self.lvl_embed = nn.Embedding(len(sizes), width)
         if config.shared_adaln:
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks: Sequence[Block] = nn.ModuleList(Block(config) for _ in range(config.depth))  # type: ignore[assignment]
         self.head_nm = HeadNorm(width)
         self.head = nn.Linear(width, config.tokenizer.vocab)
-        self.register_buffer("scale_of_token", torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)), persistent=False)
+        self.register_buffer("scale_of_token", self.scales_of_tokens(config.grids), persistent=False)
         self._init(std)
 
     def _init(self, std: float) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=std)
+    @staticmethod
+    def scales_of_tokens(grids: Sequence[tuple[int, int]]) -> Int[Tensor, " L"]:
+        """Which scale each token belongs to."""
+        return torch.cat([torch.full((h * w,), scale) for scale, (h, w) in enumerate(grids)])
+
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
@@ -251,11 +260,12 @@ class NextScale(nn.Module):
         for block in self.blocks:
             for out in (block.attn.proj, block.ffn.fc2):
                 out.weight.data.div_((2 * len(self.blocks)) ** 0.5)
-            if hasattr(block, "ada_lin"):
-                block.ada_lin[-1].weight.data[2 * self.config.width :].mul_(0.5)
-                block.ada_lin[-1].weight.data[: 2 * self.config.width].mul_(1e-3)
-                block.ada_lin[-1].bias.data[: 2 * self.config.width].fill_(1.0)
-        self.head_nm.ada_lin[-1].weight.data.mul_(0.5)
+            if not self.config.shared_adaln:
+                modulation, gammas = cast(nn.Linear, block.ada_lin[-1]), 2 * self.config.width
+                modulation.weight.data[gammas:].mul_(0.5)
+                modulation.weight.data[:gammas].mul_(1e-3)
+                modulation.bias.data[:gammas].fill_(1.0)
+        cast(nn.Linear, self.head_nm.ada_lin[-1]).weight.data.mul_(0.5)
         self.head.weight.data.mul_(0.02)
 
     # -- what is asked -----------------------------------------------------------------------------------------------------------------
@@ -290,7 +300,7 @@ class NextScale(nn.Module):
         ends = self.ends[: scales or len(self.ends)]
         start = condition.pooled[:, None] + self.pos_start
         x = torch.cat([start, self.word_embed(inputs).to(start.dtype)], 1) if len(ends) > 1 else start
-        x = x + self.lvl_embed(self.scale_of_token[: ends[-1]]) + self.pos_1LC[:, : ends[-1]]
+        x = x + self.lvl_embed(self.scale_of_token[: x.shape[1]]) + self.pos_1LC[:, : x.shape[1]]
         for index, block in enumerate(self.blocks):
             x = block(x, condition, index, lambda h, block=block: block.attn(h, ends))
         return x

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from varl.config import LawConfig
-from varl.errors import ConfigError
+from varl.errors import ConfigError, DataError
 from varl.models.next_scale import Condition, KVCache, NextScale
 from varl.policies.sampling import analytic_kl, draw, in_row_chunks, token_law, token_scores
 from varl.rng import Stream
@@ -41,7 +41,7 @@ class NextScalePolicy:
         self.tokenizer = tokenizer.eval().requires_grad_(False)
         self.sample_law, self.score_law, self.dtype = sample_law, score_law, dtype
         self.layout = Layout(grids=model.config.grids, steps=len(model.config.grids))
-        self.reference: nn.Module | None = None
+        self.reference: NextScale | None = None
         """A frozen model of the same shape; set it to have `Score.kl` and `Score.ref_logp`."""
         for name, law in (("sample_law", sample_law), ("score_law", score_law)):
             if len(law.cfg_scale) not in (1, self.layout.steps):
@@ -69,10 +69,11 @@ class NextScalePolicy:
         config = self.module.config
         if config.text is not None:
             return encode_text([p.text for p in prompts], [p.style for p in prompts], config.text).to(self.device)
+        none = self.module.class_emb.num_embeddings - 1
         for prompt in prompts:
-            if prompt.label is not None and not 0 <= prompt.label < config.num_classes:
-                raise ConfigError(f"prompt label {prompt.label}: the model knows classes 0 to {config.num_classes - 1}.")
-        return torch.tensor([config.num_classes if p.label is None else p.label for p in prompts], device=self.device)
+            if prompt.label is not None and not 0 <= prompt.label < none:
+                raise DataError(f"prompt label {prompt.label}: the model knows classes 0 to {none - 1}.")
+        return torch.tensor([none if p.label is None else p.label for p in prompts], device=self.device)
 
     def _condition(self, model: NextScale, prompts: Sequence[Prompt], guided: bool) -> Condition:
         """One row per prompt (equal prompts are encoded once), then as many unconditional rows, if guided."""

@@ -29,12 +29,17 @@ def keep_top_p(logits: Float[Tensor, "*B V"], p: float) -> Float[Tensor, "*B V"]
     return logits.masked_fill(out.scatter(-1, order, out), -torch.inf)
 
 
+def guide(cond: Float[Tensor, "*B V"], uncond: Float[Tensor, "*B V"], guidance: Tensor | float) -> Float[Tensor, "*B V"]:
+    """Classifier-free guidance on logits, in fp32: uncond + s (cond - uncond). 0 is unconditional, 1 conditional."""
+    return uncond.float() + guidance * (cond.float() - uncond.float())
+
+
 def token_law(
     cond: Float[Tensor, "*B V"], uncond: Float[Tensor, "*B V"] | None, law: LawConfig, guidance: Tensor | float
 ) -> Float[Tensor, "*B V"]:
     """Log-probabilities of one token under `law`: guidance, temperature, top-k, top-p, in that order, in fp32. `guidance` is this step's
     `cfg_scale` (a tensor broadcasts over tokens); `uncond` may be None where no step is guided."""
-    logits = cond.float() if uncond is None else uncond.float() + guidance * (cond.float() - uncond.float())
+    logits = cond.float() if uncond is None else guide(cond, uncond, guidance)
     if law.temperature != 1.0:
         logits = logits / law.temperature
     return keep_top_p(keep_top_k(logits, law.top_k), law.top_p).log_softmax(-1)

@@ -174,10 +174,13 @@ class SharedPhi(nn.Module):
 
 
 def phi_index(scale: int, scales: int, phis: int) -> int:
-    """Which of the shared convolutions a scale uses: the nearest tick to its place in [0, 1]."""
+    """Which of the shared convolutions a scale uses: the nearest tick to its place in [0, 1]; of two as near, the one that rounding says
+    (ten scales and four ticks have such a tie), so the ticks are summed in float64 in the order of numpy's linspace, as trained."""
     margin = 1 / 3 / phis if phis == 4 else 1 / 2 / phis
-    ticks = torch.linspace(margin, 1 - margin, phis, dtype=torch.float64)
-    return int((ticks - scale / max(scales - 1, 1)).abs().argmin())
+    step = (1 - margin - margin) / max(phis - 1, 1)
+    ticks = [margin + i * step for i in range(phis - 1)] + [1 - margin]
+    place = scale / max(scales - 1, 1)
+    return min(range(phis), key=lambda i: abs(ticks[i] - place))
 
 
 class Quantizer(nn.Module):

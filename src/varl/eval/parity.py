@@ -1,0 +1,407 @@
+"""Do our models compute what the authors' code computed? A case is `<case>.safetensors` (weights `sd.*`, inputs `in.*`, recorded random
+draws `rng.*`, recorded results `out.*`) with `<case>.json` (sizes, and the tolerance of each result); a JSON file in a folder `keys` lists
+the names and shapes of a released file's weights. Models are built from the JSON alone."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from varl.checkpoints.folder import read_tensors
+from varl.checkpoints.var import SCHEDULES, fill_tokenizer, fill_transformer, tokenizer_config, transformer_config
+from varl.config import LawConfig, NextScaleConfig, TokenizerConfig, var_guidance
+from varl.errors import CheckpointError, ConfigError
+from varl.models.next_scale import NextScale
+from varl.policies.next_scale import NextScalePolicy
+from varl.policies.sampling import guide, token_law, token_scores
+from varl.rng import Stream
+from varl.tokenizers.multiscale_vq import Grid, MultiScaleVQ
+from varl.types import Prompt
+
+Verdict = Literal["agrees", "FAILS", "not supported yet"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaseResult:
+    family: str
+    case: str
+    verdict: Verdict
+    compared: int = 0
+    """Tensors whose numbers were compared; of a key list, names."""
+    worst: str = ""
+    """The tensor that comes nearest to its tolerance, or goes furthest beyond it."""
+    ratio: float = 0.0
+    """Its largest error, in units of its tolerance: above 1 fails."""
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    root: Path
+    file: Path
+    """The JSON file."""
+    info: dict[str, Any]
+    tensors: dict[str, Tensor] = field(repr=False)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.info["config"]
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """Tensors under `prefix`, without it; floating ones in fp32, as the authors' code ran."""
+        found = {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in found.items()}
+
+    def draws(self, stream: str) -> Iterator[Tensor]:
+        """The recorded draws of a stream, in the order in which they were used; dim 0 of each tensor counts equal draws."""
+        recorded = self.part(f"rng.{stream}.")
+        for name in sorted(recorded):
+            yield from recorded[name]
+
+
+Recipe = Callable[[Case], dict[str, Tensor]]
+"""From a case to its results, by the names under `out.`."""
+
+
+def run(folder: Path) -> list[CaseResult]:
+    """Every case under `folder`, at any depth, in the order of their paths."""
+    results = []
+    for file in sorted(Path(folder).rglob("*.json")):
+        try:
+            info = _read(file)
+        except CheckpointError as error:
+            results.append(CaseResult(family=file.parent.name, case=file.stem, verdict="FAILS", problems=(str(error),)))
+            continue
+        if file.parent.name == "keys" and "state_dict" in info:
+            results.append(_check(file, info, _key_list))
+        elif "model" in info and "tensors" in info:
+            results.append(_check(file, info, lambda file, info: _compare(_load(Path(folder), file, info))))
+    return results
+
+
+def failed(results: Sequence[CaseResult]) -> bool:
+    """Whether a case fails, or none was found at all. A family that VARL does not have yet neither passes nor fails."""
+    return not results or any(result.verdict == "FAILS" for result in results)
+
+
+def format_table(results: Sequence[CaseResult]) -> str:
+    """One line per case, with the reasons of a failure below it; the error is in units of the tolerance."""
+    head = ("case", "compared", "worst", "error / tolerance", "verdict")
+    rows = [
+        (f"{r.family}/{r.case}", str(r.compared or "-"), r.worst or "-", f"{r.ratio:.3f}" if r.worst else "-", r.verdict) for r in results
+    ]
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
+    below = [[f"    {problem}" for problem in r.problems] for r in results]
+    return "\n".join([lines[0], *(text for line, more in zip(lines[1:], below, strict=True) for text in (line, *more))])
+
+
+# ---- one case -------------------------------------------------------------------------------------------------------------------------
+
+
+def _check(file: Path, info: dict[str, Any], check: Callable[[Path, dict[str, Any]], CaseResult]) -> CaseResult:
+    family, case = str(info["model"]).split("-")[0], str(info.get("case", file.stem))
+    if family not in RECIPES:
+        return CaseResult(family=family, case=case, verdict="not supported yet")
+    try:
+        with torch.no_grad():
+            return check(file, info)
+    except Exception as error:  # whatever a file from outside may hold, the other cases are still checked
+        return CaseResult(family=family, case=case, verdict="FAILS", problems=(f"{type(error).__name__}: {error}",))
+
+
+def _compare(case: Case) -> CaseResult:
+    want = {f"out.{name}": tensor for name, tensor in case.part("out.").items()}
+    tolerance = {entry["name"]: entry.get("tolerance") for entry in case.info["tensors"]}
+    got = {f"out.{name}": tensor for name, tensor in RECIPES[case.info["model"]](case).items()}
+    unknown = [name for name in want if name not in got or tolerance.get(name) is None]
+    problems = [f"no recipe for {name}" if name not in got else f"{name} has no tolerance" for name in unknown]
+    problems += [f"{name} is listed and not stored" for name in tolerance if name.startswith("out.") and name not in want]
+    ratios = {name: error_ratio(got[name], want[name], tolerance[name]) for name in want if name not in unknown}
+    problems += [f"{name}: {_describe(got[name], want[name], ratio)}" for name, ratio in ratios.items() if not ratio <= 1]
+    if not want:
+        problems.append("it holds no results to compare with")
+    worst = max(ratios, key=lambda name: ratios[name], default="")
+    return CaseResult(
+        family=case.info["model"],
+        case=case.info["case"],
+        verdict="FAILS" if problems else "agrees",
+        compared=len(ratios),
+        worst=worst,
+        ratio=ratios.get(worst, 0.0),
+        problems=tuple(problems),
+    )
+
+
+def error_ratio(got: Tensor, want: Tensor, tolerance: Mapping[str, Any]) -> float:
+    """The largest error in units of its tolerance: |got - want| / (atol + rtol |want|), or / max_abs; exact is 0 or infinite. Another
+    shape, and a number that is none, are infinitely wrong."""
+    if got.shape != want.shape:
+        return math.inf
+    if tolerance.get("exact"):
+        return 0.0 if torch.equal(got.to(want.dtype), want) else math.inf
+    got, want = got.double(), want.double()
+    allowed = (
+        torch.full_like(want, tolerance["max_abs"]) if "max_abs" in tolerance else tolerance["atol"] + tolerance.get("rtol", 0) * want.abs()
+    )
+    ratio = torch.where(got == want, 0.0, (got - want).abs() / allowed)
+    return float(ratio.nan_to_num(nan=math.inf, posinf=math.inf).max())
+
+
+def _describe(got: Tensor, want: Tensor, ratio: float) -> str:
+    if got.shape != want.shape:
+        return f"has shape {list(got.shape)}, recorded is {list(want.shape)}"
+    if not got.isfinite().all():
+        return f"{int((~got.isfinite()).sum())} of {got.numel()} numbers are not finite"
+    differ = int((got != want).sum())
+    return f"error {ratio:.3g} x tolerance" if ratio < math.inf else f"{differ} of {got.numel()} numbers differ, and none may"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        info = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON ({error}). Is the folder of cases whole?") from error
+    return info if isinstance(info, dict) else {}
+
+
+def _load(root: Path, file: Path, info: dict[str, Any]) -> Case:
+    return Case(root=root, file=file, info=info, tensors=read_tensors(file.with_suffix(".safetensors")))
+
+
+def _key_list(file: Path, info: dict[str, Any]) -> CaseResult:
+    """Whether our modules, made for these shapes on the meta device, take exactly these names."""
+    shapes, where = info["state_dict"], str(file)
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    with torch.device("meta"):
+        if "pos_1LC" not in shapes:
+            fill_tokenizer(MultiScaleVQ(tokenizer_config(shapes, where), SCHEDULES[680]), state, where)
+        elif shapes["pos_1LC"][1] not in SCHEDULES:
+            raise CheckpointError(f"{where}: {shapes['pos_1LC'][1]} tokens are of no released schedule; those have {[*SCHEDULES]}.")
+        else:
+            config = transformer_config(shapes, SCHEDULES[shapes["pos_1LC"][1]], TokenizerConfig(), where)
+            fill_transformer(NextScale(config), state, where)
+    return CaseResult(family=info["model"].split("-")[0], case=file.stem, verdict="agrees", compared=len(shapes))
+
+
+# ---- VAR ------------------------------------------------------------------------------------------------------------------------------
+
+
+def _var(case: Case) -> dict[str, Tensor]:
+    if "vocab_size" in case.config:
+        return _var_tokenizer(case)
+    if "vae" in case.config:
+        return _var_transformer(case)
+    raise ConfigError(f"{case.file}: config has neither vocab_size (a tokenizer) nor vae (a transformer).")
+
+
+RECIPES: dict[str, Recipe] = {"var": _var}
+"""The families that can be checked, by the JSON's `model`."""
+
+
+def _var_grids(config: dict[str, Any]) -> tuple[Grid, ...]:
+    return tuple((side, side) if isinstance(side, int) else (side[0], side[1]) for side in config["patch_nums"])
+
+
+def _var_vq(case: Case, grids: Sequence[Grid]) -> MultiScaleVQ:
+    config = case.config
+    vq = MultiScaleVQ(
+        TokenizerConfig(
+            vocab=config["vocab_size"],
+            channels=config["z_channels"],
+            width=config["ch"],
+            multipliers=tuple(config["ch_mult"]),
+            blocks=config["num_res_blocks"],
+            shared_phi=config["share_quant_resi"],
+            phi_ratio=float(config["quant_resi"]),
+        ),
+        grids,
+    ).eval()
+    fill_tokenizer(vq, case.part("sd."), str(case.file))
+    return vq
+
+
+def _var_tokenizer(case: Case) -> dict[str, Tensor]:
+    vq, given = _var_vq(case, _var_grids(case.config)), case.part("in.")
+    results = {}
+    if "image" in given:
+        f = vq.features(given["image"])
+        ids, sums, _ = vq.residual_codes(f)
+        reconstruction, loss, _, _ = vq(given["image"])
+        results |= {
+            "f": f,
+            "idx": ids,
+            "fhat_scales": torch.stack(sums, 1),
+            "var_input": vq.inputs(ids),
+            "embed_to_fhat": vq.f_hat(ids),
+            "reconstruction": vq.render(vq.f_hat(ids)).clamp(-1, 1),
+            "forward_reconstruction": reconstruction,
+            "forward_vq_loss": loss,
+        }
+    if "random_idx" in given:
+        sums = vq.partial_sums([vq.quantize.embedding(part) for part in vq.split(given["random_idx"])])
+        image = vq.render(sums[-1])
+        results |= {
+            "random_fhat": sums[-1],
+            "random_image_unclamped": image,
+            "random_image": image.clamp(-1, 1),
+            "random_image_scales": torch.stack([vq.render(f_hat).clamp(-1, 1) for f_hat in sums], 1),
+        }
+    return results
+
+
+def _var_transformer(case: Case) -> dict[str, Tensor]:
+    config, given = case.config, case.part("in.")
+    if config.get("norm_eps", 1e-6) != 1e-6:
+        raise ConfigError(f"{case.file}: norm_eps={config['norm_eps']}; every released VAR has 1e-6, and so has ours.")
+    owner = _tokenizer_case(case)
+    vq = _var_vq(owner, _var_grids(config if "patch_nums" in config else owner.config))
+    model = NextScale(
+        NextScaleConfig(
+            depth=config["depth"],
+            width=config["embed_dim"],
+            heads=config["num_heads"],
+            grids=vq.grids,
+            mlp_ratio=float(config.get("mlp_ratio", 4)),
+            shared_adaln=config.get("shared_aln", False),
+            attn_l2_norm=config.get("attn_l2_norm", True),
+            num_classes=config["num_classes"],
+            tokenizer=vq.config,
+        )
+    ).eval()
+    fill_transformer(model, case.part("sd."), str(case.file))
+    results = {}
+    if "idx" in given:
+        results |= _var_teacher_forced(model, vq, given["labels"], given["idx"])
+    for cfg in config.get("cfgs", ()):
+        results |= {f"greedy_cfg{cfg}_{name}": tensor for name, tensor in _var_greedy(model, vq, given["labels"], cfg).items()}
+    for number, settings in enumerate(config.get("samples", ())):
+        draws = case.draws(f"sample{number}")
+        sampled = _var_sampled(model, vq, given["labels"], settings, draws)
+        results |= {f"sample{number}_{name}": tensor for name, tensor in sampled.items()}
+    if config.get("smooth") is not None:
+        smooth = _var_smooth(model, vq, given["labels"], config["smooth"], case.draws("smooth"))
+        results |= {f"smooth_{name}": tensor for name, tensor in smooth.items()}
+    return results
+
+
+def _tokenizer_case(case: Case) -> Case:
+    """The case that holds the tokenizer's weights."""
+    name = case.info["state_dict"].get("also_needs_weights_of") or case.config["vae"]
+    places = [case.root / name, case.file.parent / name, case.file.parent / Path(name).name, case.root.parent / name]
+    for place in places:
+        file = place.with_name(f"{place.name}.json")
+        if file.is_file():
+            return _load(case.root, file, _read(file))
+    raise CheckpointError(f"{case.file}: it needs the weights of {name}, which lie at none of {', '.join(map(str, places))}.")
+
+
+def _var_teacher_forced(model: NextScale, vq: MultiScaleVQ, labels: Int[Tensor, " B"], ids: Int[Tensor, "B L"]) -> dict[str, Tensor]:
+    hidden: list[Tensor] = []
+    hooks = [block.register_forward_hook(lambda *call: hidden.append(call[-1])) for block in model.blocks]
+    inputs, condition = vq.inputs(ids), model.condition(labels)
+    logits = model.logits(model(condition, inputs), condition)
+    for hook in hooks:
+        hook.remove()
+    none = model.condition(torch.full_like(labels, model.class_emb.num_embeddings - 1))
+    chosen, _ = token_scores(token_law(logits, None, LawConfig(), 1.0), ids)
+    return {
+        "var_input": inputs,
+        **{f"hidden{i}": h for i, h in enumerate(hidden)},
+        "logits": logits,
+        "logits_uncond": model.logits(model(none, inputs), none),
+        "token_logprob": chosen,
+        "loss": -chosen.mean(),
+    }
+
+
+Pick = Callable[[int, Float[Tensor, "B n V"]], tuple[Int[Tensor, "B n"], Float[Tensor, "B n C"]]]
+"""From a scale and its guided logits to ids, and the code vectors to go on with."""
+
+
+def _var_decode(
+    model: NextScale, vq: MultiScaleVQ, labels: Int[Tensor, " B"], cfg: float, pick: Pick
+) -> tuple[Int[Tensor, "B L"], Float[Tensor, "B L V"], Float[Tensor, "B C h w"]]:
+    """Ids, guided logits and f_hat of a cached decode that draws as `pick` says."""
+    batch, guidance = len(labels), var_guidance(cfg, len(vq.grids))
+    none = torch.full_like(labels, model.class_emb.num_embeddings - 1)
+    condition, cache = model.condition(torch.cat([labels, none])), model.cache(2 * batch)
+    f_hat = torch.zeros(batch, vq.config.channels, *vq.grids[-1])
+    ids, seen = [], []
+    for scale in range(len(vq.grids)):
+        inputs = vq.quantize.next_input(f_hat, scale).repeat(2, 1, 1) if scale else None
+        both = model.logits(model.step(condition, inputs, scale, cache), condition)
+        logits = guide(both[:batch], both[batch:], guidance[scale])
+        chosen, codes = pick(scale, logits)
+        f_hat = f_hat + vq.quantize.contribution(codes, scale)
+        ids.append(chosen)
+        seen.append(logits)
+    return torch.cat(ids, 1), torch.cat(seen, 1), f_hat
+
+
+def _picture(vq: MultiScaleVQ, f_hat: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
+    return vq.render(f_hat).clamp(-1, 1).add(1).div(2)
+
+
+def _var_greedy(model: NextScale, vq: MultiScaleVQ, labels: Int[Tensor, " B"], cfg: float) -> dict[str, Tensor]:
+    """Ids and picture come from the policy itself, the logits and f_hat on the way from a decode of the same tokens."""
+    law = LawConfig(cfg_scale=var_guidance(cfg, len(vq.grids)), top_k=1)
+    policy = NextScalePolicy(model, vq, sample_law=law, score_law=law)
+    rollout = policy.rollout([Prompt(label=label) for label in labels.tolist()], Stream(seed=0, rows=tuple(range(len(labels)))))
+    parts = vq.split(rollout.actions)
+    _, logits, f_hat = _var_decode(model, vq, labels, cfg, lambda scale, _: (parts[scale], vq.quantize.embedding(parts[scale])))
+    return {
+        "idx": rollout.actions,
+        "logits": logits,
+        "fhat": f_hat,
+        "image_unclamped": vq.render(f_hat),
+        "image": policy.decode(rollout),
+    }
+
+
+def _var_law(settings: Mapping[str, Any]) -> LawConfig:
+    """VAR says 0 where top-p keeps all."""
+    return LawConfig(top_k=settings["top_k"], top_p=float(settings["top_p"]) or 1.0)
+
+
+def _exponential_draw(logp: Float[Tensor, "B n V"], exponential: Tensor) -> Int[Tensor, "B n"]:
+    """argmax p / q with q ~ Exp(1), which is how torch.multinomial draws."""
+    return (logp.exp() / exponential.view_as(logp)).argmax(-1)
+
+
+def _var_sampled(
+    model: NextScale, vq: MultiScaleVQ, labels: Int[Tensor, " B"], settings: Mapping[str, Any], draws: Iterator[Tensor]
+) -> dict[str, Tensor]:
+    law = _var_law(settings)
+
+    def pick(scale: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+        ids = _exponential_draw(token_law(logits, None, law, 1.0), next(draws))
+        return ids, vq.quantize.embedding(ids)
+
+    ids, _, f_hat = _var_decode(model, vq, labels, settings["cfg"], pick)
+    return {"idx": ids, "image": _picture(vq, f_hat)}
+
+
+def _var_smooth(
+    model: NextScale, vq: MultiScaleVQ, labels: Int[Tensor, " B"], settings: Mapping[str, Any], draws: Iterator[Tensor]
+) -> dict[str, Tensor]:
+    """VAR's `more_smooth`: the decode goes on with Gumbel-softmax mixtures of codes, colder from scale to scale, over the filtered logits;
+    the ids that it draws too are not used."""
+    law, last, mixtures = _var_law(settings), max(len(vq.grids) - 1, 1), []
+
+    def pick(scale: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+        logp, ratio = token_law(logits, None, law, 1.0), scale / last
+        ids = _exponential_draw(logp, next(draws))
+        gumbel = -next(draws).log().view_as(logp)
+        tau = max(0.27 * (1 - 0.95 * ratio), 0.005)
+        mixtures.append(((logp * (1 + ratio) + gumbel) / tau).softmax(-1) @ vq.quantize.embedding.weight)
+        return ids, mixtures[-1]
+
+    ids, _, f_hat = _var_decode(model, vq, labels, settings["cfg"], pick)
+    return {"idx": ids, "h": torch.cat(mixtures, 1), "image": _picture(vq, f_hat)}
