@@ -217,12 +217,12 @@ def text_slots(config: TextConfig) -> int:
 
 
 class NextScale(nn.Module):
+    scale_of_token: Tensor
+
     def __init__(self, config: NextScaleConfig) -> None:
         super().__init__()
         self.config = config
         sizes = [h * w for h, w in config.grids]
-    scale_of_token: Tensor
-
         self.ends: tuple[int, ...] = tuple(accumulate(sizes))
         """Tokens up to and including each scale."""
         width, first, std = config.width, sizes[0], (1 / config.width / 3) ** 0.5
@@ -242,15 +242,15 @@ class NextScale(nn.Module):
         self.register_buffer("scale_of_token", self.scales_of_tokens(config.grids), persistent=False)
         self._init(std)
 
-    def _init(self, std: float) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=std)
     @staticmethod
     def scales_of_tokens(grids: Sequence[tuple[int, int]]) -> Int[Tensor, " L"]:
         """Which scale each token belongs to."""
         return torch.cat([torch.full((h * w,), scale) for scale, (h, w) in enumerate(grids)])
 
+    def _init(self, std: float) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
