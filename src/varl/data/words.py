@@ -117,9 +117,9 @@ class Line:
     """Coverage, 0 to 255. Its first and last rows and columns all hold ink."""
 
 
-def line_height(height: float, width: float) -> float:
+def line_height(height: int | float, width: int | float) -> float:
     """The height of a line of about five letters that fills a slot: such a line is four times as wide as high."""
-    return min(height, width / 4)
+    return min(float(height), width / 4)
 
 
 def slots(count: int, image_size: tuple[int, int]) -> list[tuple[int, int, int, int]]:

@@ -41,8 +41,6 @@ class Reader(Protocol):
     """An engine. With boxes it reads one line at each and answers in their order (text "" where it sees none); with None it looks for text
     in the whole picture and answers with as many readings as it finds."""
 
-    def read(self, image: UInt8[np.ndarray, "H W 3"], boxes: Sequence[Box] | None = None) -> list[Reading]: ...
-
     def read_batch(self, images: UInt8[np.ndarray, "B H W 3"], boxes: Sequence[Sequence[Box] | None]) -> list[list[Reading]]: ...
 
 
@@ -104,7 +102,7 @@ def _scale(grey: UInt8[np.ndarray, "h w"], scale: float) -> UInt8[np.ndarray, "h
     return np.asarray(Image.fromarray(grey).resize(size, Image.Resampling.BICUBIC))
 
 
-def _share(box: Sequence[float], origin: Pixels, height: int, width: int) -> Box:
+def _share(box: Sequence[int | float], origin: Pixels, height: int, width: int) -> Box:
     """A box in pixels of a crop at `origin`, as shares of the picture."""
     x0, y0, x1, y1 = (float(value) for value in box)
     x0, x1 = (min(max((value + origin[0]) / width, 0.0), 1.0) for value in (x0, x1))
@@ -298,4 +296,7 @@ def open_engine(engine: str, letters: str = ALPHABET) -> Reader:
     module, colon, name = engine.partition(":")
     if not colon:
         raise RewardError(f"engine {engine!r}: unknown. Use tesseract, rapidocr, or module:Class.")
-    return getattr(import_module(module), name)(letters)
+    try:
+        return getattr(import_module(module), name)(letters)
+    except (ImportError, AttributeError) as error:
+        raise RewardError(f"engine {engine!r}: {error}. Give module:Class of a class that takes the letters and has read_batch.") from error

@@ -1,0 +1,139 @@
+"""Asks rewards in the background, and adds up what they say."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from varl.errors import RewardError, VarlError
+from varl.types import Judgement, Prompt, RewardFn
+
+log = logging.getLogger(__name__)
+
+
+def judge_now(fn: RewardFn, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt]) -> Judgement:
+    """The reward's answer as a Judgement in fp32 on the CPU. A value that is not finite is a failed one: NaN, regions included."""
+    answer = fn(images, prompts)
+    judgement = answer if isinstance(answer, Judgement) else Judgement(value=answer)
+    expect: dict[str, tuple[int, ...]] = {"value": (len(prompts),), **{f"parts[{name!r}]": (len(prompts),) for name in judgement.parts}}
+    tensors = {"value": judgement.value, **{f"parts[{name!r}]": part for name, part in judgement.parts.items()}}
+    if judgement.region_value is not None:
+        expect["region_value"] = (len(prompts), max(len(prompt.regions) for prompt in prompts))
+        tensors["region_value"] = judgement.region_value
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.shape != expect[name]:
+            got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise RewardError(f"reward {fn!r}: {name} is {got}, must be a tensor of shape {list(expect[name])}: one number per picture.")
+    value = _plain(judgement.value)
+    value = torch.where(value.isfinite(), value, torch.nan)
+    region_value = judgement.region_value
+    if region_value is not None:
+        region_value = torch.where(value.isnan()[:, None], torch.nan, _plain(region_value))
+    return replace(
+        judgement,
+        value=value,
+        parts={name: _plain(part) for name, part in judgement.parts.items()},
+        region_value=region_value,
+        region_box=None if judgement.region_box is None else _plain(judgement.region_box),
+    )
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().cpu()
+
+
+def combine(judgements: Mapping[str, tuple[float, Judgement]], prompts: Sequence[Prompt]) -> Judgement:
+    """The weighted sum of named judgements: value = sum_i w_i value_i, and NaN where a reward of non-zero weight failed.
+
+    parts: `name` is that reward's value, `name/part` its parts, all before weights. Regions: a reward that says where keeps its own shares,
+    one that does not gives each region of the picture an equal share, so that regions still sum to value; where no reward says where,
+    region_value is None. Boxes and what was read are those of the first reward that has them."""
+    regions = torch.tensor([len(prompt.regions) for prompt in prompts])
+    local = any(weight and judgement.region_value is not None for weight, judgement in judgements.values())
+    value = torch.zeros(len(prompts))
+    region_value = torch.zeros(len(prompts), int(regions.max())) if local else None
+    parts = {}
+    for name, (weight, judgement) in judgements.items():
+        parts |= {name: judgement.value, **{f"{name}/{part}": tensor for part, tensor in judgement.parts.items()}}
+        if weight == 0:
+            continue
+        value = value + weight * judgement.value
+        if region_value is not None:
+            share = judgement.region_value
+            if share is None:
+                share = (judgement.value / regions)[:, None].expand_as(region_value)
+            region_value = region_value + weight * share
+    if region_value is not None:
+        beyond = torch.arange(region_value.shape[1]) >= regions[:, None]
+        region_value = region_value.masked_fill(beyond | value.isnan()[:, None], torch.nan)
+    every = [judgement for _, judgement in judgements.values()]
+    return Judgement(
+        value=value,
+        parts=parts,
+        region_value=region_value,
+        region_box=next((judgement.region_box for judgement in every if judgement.region_box is not None), None),
+        found=next((judgement.found for judgement in every if judgement.found is not None), None),
+    )
+
+
+@contextmanager
+def _beside(images: Tensor, drawn: Any) -> Iterator[None]:
+    """A stream that waits for the pictures (event `drawn`) and for nothing that was queued after them; on the CPU, nothing."""
+    if drawn is None:
+        yield
+        return
+    stream = torch.cuda.Stream(images.device)
+    stream.wait_event(drawn)
+    images.record_stream(stream)
+    with torch.cuda.stream(stream):
+        yield
+
+
+class RewardJudge:
+    """A Judge: named rewards with weights, each asked in a thread of its own while the caller goes on.
+
+    A reward that raises fails for that batch: NaN, and once a line in the log. VARL's own errors (a missing engine, a wrong shape)
+    and KeyboardInterrupt come out of the future instead. On CUDA pictures are judged on a stream of their own."""
+
+    def __init__(self, parts: Mapping[str, tuple[float, RewardFn]]) -> None:
+        if not parts:
+            raise RewardError("no rewards: nothing to learn from. Name at least one.")
+        self.parts = dict(parts)
+        self._askers = {name: ThreadPoolExecutor(1, thread_name_prefix=f"reward-{name}") for name in parts}
+        self._adder = ThreadPoolExecutor(1, thread_name_prefix="judge")
+        self._complained: set[str] = set()
+
+    def submit(self, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt]) -> "Future[Judgement]":
+        """Asks every reward now, and answers later."""
+        drawn = torch.cuda.current_stream(images.device).record_event() if images.is_cuda else None
+        asked = {name: self._askers[name].submit(self._ask, name, images, prompts, drawn) for name in self.parts}
+        return self._adder.submit(
+            lambda: combine({name: (self.parts[name][0], future.result()) for name, future in asked.items()}, prompts)
+        )
+
+    @torch.no_grad()
+    def _ask(self, name: str, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt], drawn: Any) -> Judgement:
+        with _beside(images, drawn):
+            try:
+                return judge_now(self.parts[name][1], images, prompts)
+            except VarlError:
+                raise
+            except Exception as error:  # a reward of the user's own may raise anything; the run goes on and counts the failure
+                if name not in self._complained:
+                    self._complained.add(name)
+                    log.warning("reward %s failed for %d pictures: %s: %s", name, len(prompts), type(error).__name__, error, exc_info=error)
+                return Judgement(value=torch.full((len(prompts),), torch.nan))
+
+    def close(self) -> None:
+        """Waits for what was asked, then ends the threads and closes the rewards that can be closed."""
+        for executor in (*self._askers.values(), self._adder):
+            executor.shutdown()
+        for _, fn in self.parts.values():
+            if (close := getattr(fn, "close", None)) is not None:
+                close()
