@@ -301,6 +301,8 @@ def test_metrics_of_a_first_step_and_of_a_far_one():
     assert metrics["clip_ratio/region_mean"] == 0
     assert metrics["entropy"] == pytest.approx(policy.score(piece.rollout).entropy.mean().item(), rel=1e-6)
     assert "sampling/law_difference/max" not in metrics
+    by_step = [metrics[f"entropy/step_{i}"] for i in range(3)]
+    assert sum(n * h for n, h in zip((1, 2, 4), by_step, strict=True)) / 7 == pytest.approx(metrics["entropy"], rel=1e-5)
 
     far = replace(piece, rollout=replace(piece.rollout, logp=piece.rollout.logp - 1.0, sample_logp=piece.rollout.logp))
     metrics = algorithm.objective(policy, far)[1]
@@ -317,6 +319,7 @@ def test_parts_of_the_reward_are_reported():
 
     (piece,) = GRPO(GRPOConfig(num_generations=4)).collect(TabularPolicy(), PROMPTS, InstantJudge(parts), RNG, 0)
     assert piece.metrics["rewards/bright/mean"] == pytest.approx(piece.metrics["reward"] / 2)
+    assert piece.metrics["rewards/bright/std"] == pytest.approx(piece.judgement.parts["bright"].std().item(), rel=1e-5)
     assert "rewards/void/mean" not in piece.metrics
     assert piece.metrics["reward_std"] == pytest.approx(piece.judgement.value.reshape(3, 4).std(1).mean().item(), rel=1e-5)
 

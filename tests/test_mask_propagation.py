@@ -223,3 +223,4 @@ def test_a_mask_silences_the_reward_but_neither_kl_nor_size():
         assert (piece.kl_weight > 0).all()
         assert piece.size.tolist() == [7.0] * 8
         assert piece.metrics["mask_occupancy"] == pytest.approx(4 / 7)
+        assert [piece.metrics[f"mask_occupancy/step_{i}"] for i in range(3)] == [1.0, 0.5, 0.5]

@@ -5,7 +5,7 @@ import torch
 
 from tabular import InstantJudge, TabularPolicy, brightness, gradients
 from varl.algorithms.grpo import GRPO
-from varl.algorithms.var_rl import VARRL, of_prefixes
+from varl.algorithms.var_rl import FURTHER, VARRL, of_prefixes
 from varl.config import GRPOConfig, MiddleStep, VARRLConfig
 from varl.errors import ConfigError
 from varl.rng import Stream
@@ -69,11 +69,23 @@ def test_the_prefix_is_all_that_is_trained_on():
         assert piece.rollout.state is None
 
 
-def test_with_one_continuation_the_pictures_are_those_of_grpo():
-    ours, plain = collected(prefix_only()), collected(GRPO(PLAIN))
-    for a, b in zip(ours, plain, strict=True):
-        assert torch.equal(a.judgement.value, b.judgement.value)
-        assert torch.equal(a.advantage, b.advantage[:, :3])
+@pytest.mark.parametrize("make", [prefix_only, suffix_only])
+def test_prefix_and_continuations_draw_from_different_addresses(make):
+    """A policy need not name its draws by step; one that asks for all of a call's numbers at once must not get the same twice."""
+    asked = set()
+
+    class Listening(TabularPolicy):
+        def prefix(self, prompts, rng, *, steps):
+            asked.update((rng.path, row) for row in rng.rows)
+            return super().prefix(prompts, rng, steps=steps)
+
+        def complete(self, prefix, rng):
+            assert not asked & {(rng.path, row) for row in rng.rows}
+            asked.update((rng.path, row) for row in rng.rows)
+            return super().complete(prefix, rng)
+
+    collected(make(replace(PLAIN, rollouts_per_chunk=1), num_continuations=2), Listening())
+    assert len(asked) == (3 * 4 + 3 * 8 if make is prefix_only else 3 + 12)
 
 
 def test_protocol_and_cycle():
@@ -173,7 +185,7 @@ def test_a_shared_prefix_makes_suffix_updates_quieter():
 def test_values_are_middle_returns_over_the_group():
     policy, algorithm = TabularPolicy(), prefix_only(num_continuations=2)
     prefix = policy.prefix([p for p in PROMPTS for _ in range(4)], RNG.repeat(4), steps=2)
-    reward = brightness(policy.decode(policy.complete(prefix, RNG.repeat(4).repeat(2))), ())
+    reward = brightness(policy.decode(policy.complete(prefix, RNG.at(FURTHER).repeat(8))), ())
     value = reward.reshape(3, 4, 2).mean(-1)
     advantage = (value - value.mean(1, keepdim=True)) / (value.std(1, keepdim=True) + 1e-4)
     pieces = collected(algorithm, policy)
@@ -181,6 +193,7 @@ def test_values_are_middle_returns_over_the_group():
     torch.testing.assert_close(torch.cat([piece.judgement.value for piece in pieces]), value.flatten())
     torch.testing.assert_close(torch.cat([piece.advantage for piece in pieces]), advantage.reshape(12, 1).expand(12, 3))
     assert pieces[0].metrics["reward"] == pytest.approx(reward[:8].mean().item())
+    assert pieces[0].metrics["judged"] == 8
     assert pieces[0].metrics["middle_step"] == 2
     assert 0 <= pieces[0].metrics["variance_share"] <= 1
 
@@ -292,8 +305,8 @@ def test_chunks_change_nothing(make, scale):
 def test_the_middle_step_looks_for_a_quarter_of_the_variance():
     """Only the first token counts: b is 1 from step 1 on, so the search goes down and stays there. Only the last counts: it goes up."""
     for reward, path in ((lambda x, p: x[:, 0, 0, 0], [2, 1, 1]), (lambda x, p: x[:, 2, 0, 0], [1, 2, 2])):
-        algorithm = prefix_only(m=path[0], num_continuations=2, adapt_middle_step=True)
-        seen = [collected(algorithm, reward=reward)[0].metrics["middle_step"] for _ in range(3)]
+        algorithm = prefix_only(RAW, m=path[0], num_continuations=2, adapt_middle_step=True)
+        seen = [collected(algorithm, reward=reward, **GROUPS)[0].metrics["middle_step"] for _ in range(3)]
         assert seen == path
         resumed = prefix_only(m=path[0], num_continuations=2, adapt_middle_step=True)
         resumed.load_state_dict(algorithm.state_dict())

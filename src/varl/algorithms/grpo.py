@@ -106,6 +106,20 @@ def normaliser(
             return (1 / count.sum().clamp(min=1)).expand_as(count).clone(), torch.full_like(count, 1 / len(count))
 
 
+MOST_STEPS = 32
+"""Metrics are also given step by step where there are no more steps than this: for scales, not for the tokens of a raster."""
+
+
+def by_step(name: str, value: Float[Tensor, "B L"], where: Bool[Tensor, "B L"], step: Int[Tensor, "B L"]) -> dict[str, float]:
+    """`name`/step_i: the mean over the tokens of step i that `where` admits, for every step that has any."""
+    steps = int(step.max()) + 1
+    if steps > MOST_STEPS:
+        return {}
+    at, zeros = step[where].long(), torch.zeros(steps, device=value.device)
+    total, count = zeros.scatter_add(0, at, value.detach()[where].float()), zeros.scatter_add(0, at, torch.ones_like(at).float())
+    return {f"{name}/step_{i}": t / n for i, (t, n) in enumerate(zip(total.tolist(), count.tolist(), strict=True)) if n}
+
+
 # ---- credit, shared by the algorithms ------------------------------------------------------------------------------------------------
 
 T = TypeVar("T")
@@ -193,17 +207,19 @@ def against_group(config: GRPOConfig, part: Float[Tensor, "N R"]) -> Float[Tenso
 
 
 def reward_metrics(judgement: Judgement, group: int) -> dict[str, float]:
-    """Of one piece: `reward` and `rewards/<part>/mean` (mean over pictures that did not fail, own unit), `reward_std` (mean over groups),
-    `frac_reward_zero_std` (share of groups that teach nothing), `reward_failed` (share of pictures)."""
+    """Of one piece: `reward` and `rewards/<part>/mean`, `rewards/<part>/std` (over pictures that did not fail, own unit), `reward_std`
+    (mean over groups), `frac_reward_zero_std` (share of groups that teach nothing), `reward_failed` (share of pictures)."""
     value = judgement.value.float().cpu().reshape(-1, group)
     metrics = {
         "reward_std": nan_std(value).mean().item(),
         "frac_reward_zero_std": flat_groups(value).float().mean().item(),
         "reward_failed": value.isnan().float().mean().item(),
     }
-    for name, part in {"reward": judgement.value, **{f"rewards/{name}/mean": part for name, part in judgement.parts.items()}}.items():
+    if not value.isnan().all():
+        metrics["reward"] = value.nanmean().item()
+    for name, part in judgement.parts.items():
         if not part.isnan().all():
-            metrics[name] = part.nanmean().item()
+            metrics |= {f"rewards/{name}/mean": part.nanmean().item(), f"rewards/{name}/std": nan_std(part).item()}
     return metrics
 
 
@@ -228,7 +244,9 @@ def train_batch(
     keep = mask[:, :length].to(device) & ~judgement.value.isnan().to(device)[:, None]
     metrics = reward_metrics(judgement, config.num_generations)
     if config.mask != "none":
-        metrics["mask_occupancy"] = ((mask[:, :length].to(device) & active).sum() / active.sum().clamp(min=1)).item()
+        learns = mask[:, :length].to(device).float()
+        metrics["mask_occupancy"] = _mean(learns, active)
+        metrics |= by_step("mask_occupancy", learns, active, rollout.step)
     return TrainBatch(
         rollout=rollout,
         advantage=advantage[:, :length].to(device),
@@ -281,10 +299,10 @@ class GRPO:
     def objective(self, policy: Policy, batch: TrainBatch) -> tuple[Float[Tensor, ""], dict[str, float]]:
         """sum over tokens of weight * min(r A, clip(r) A) - beta * kl_weight * KL, with r against the log-probs of the rollout.
 
-        Metrics, over active tokens: `entropy` (nats), `kl` (nats, analytic, to the reference if there is one), `clip_ratio/low_mean`,
-        `high_mean` and `region_mean` (share of learning tokens whose gradient the clip stopped), `sampling/sampling_logp_difference/mean`
-        and `max` (|log-prob now - log-prob in the rollout|, nats; 0 before the first update), and where the law that was drawn from is
-        another one than the law that is scored, `sampling/law_difference/mean` and `max` (nats)."""
+        Metrics, over active tokens: `entropy` (nats; and `entropy/step_i`), `kl` (nats, analytic, to the reference if there is one),
+        `clip_ratio/low_mean`, `high_mean` and `region_mean` (share of learning tokens whose gradient the clip stopped),
+        `sampling/sampling_logp_difference/mean` and `max` (|log-prob now - log-prob in the rollout|, nats; 0 before the first update), and
+        where the law that was drawn from is another one than the law that is scored, `sampling/law_difference/mean` and `max` (nats)."""
         config, rollout = self.config, batch.rollout
         low, high = config.epsilon, config.epsilon if config.epsilon_high is None else config.epsilon_high
         score = policy.score(rollout)
@@ -300,6 +318,7 @@ class GRPO:
             drift = (score.logp - rollout.logp).abs()[rollout.sampled]
             metrics = {
                 "entropy": _mean(score.entropy, active),
+                **by_step("entropy", score.entropy, active, rollout.step),
                 "clip_ratio/low_mean": _mean(below.float(), learning),
                 "clip_ratio/high_mean": _mean(above.float(), learning),
                 "clip_ratio/region_mean": _mean((below | above).float(), learning),

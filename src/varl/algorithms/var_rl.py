@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -73,6 +73,23 @@ def of_prefixes(judgement: Judgement, value: Float[Tensor, " B"], copies: int) -
     )
 
 
+def stage_metrics(value: Float[Tensor, "P G K"], m: int) -> dict[str, float]:
+    """Of the judged pictures, whose rewards these are, and not of what the stage was paid: `reward`, `reward_failed`, `judged` (how many);
+    for K > 1 `variance_share`, the part of the reward's variance that is settled by step m."""
+    metrics = {"middle_step": float(m), "reward_failed": value.isnan().float().mean().item(), "judged": float(value.numel())}
+    if not value.isnan().all():
+        metrics["reward"] = value.nanmean().item()
+    if value.shape[2] > 1:
+        between, within = variance_parts(value)
+        if not math.isnan(between):
+            metrics["variance_share"] = variance_share(between, within)
+    return metrics
+
+
+FURTHER = "continuation"
+"""Where continuations draw. Row 0 of a prefix and row 0 of its continuations would else share one stream of random numbers."""
+
+
 class VARRL:
     """Prefix and suffix updates in a cycle, each a GRPO update on its own tokens. Needs a `BranchingPolicy`."""
 
@@ -118,9 +135,8 @@ class VARRL:
         return m
 
     def collect(self, policy: Policy, prompts: Sequence[Prompt], judge: Judge, rng: Stream, step: int) -> Iterator[TrainBatch]:
-        assert isinstance(policy, BranchingPolicy)
         update = self._prefix_update if self.stage(step) == "prefix" else self._suffix_update
-        return update(policy, prompts, judge, rng, self.middle(policy.layout))
+        return update(cast(BranchingPolicy, policy), prompts, judge, rng, self.middle(policy.layout))
 
     def objective(self, policy: Policy, batch: TrainBatch) -> tuple[Float[Tensor, ""], dict[str, float]]:
         """GRPO's, on the tokens of the stage."""
@@ -128,15 +144,14 @@ class VARRL:
 
     def _prefix_update(self, policy: BranchingPolicy, prompts: Sequence[Prompt], judge: Judge, rng: Stream, m: int) -> Iterator[TrainBatch]:
         """P*G prefixes, K continuations of each. What is trained on holds the prefix tokens alone, so training costs no more than they do.
-        With `tree_reuse` the continuations follow, each against its siblings. Prefix and continuations draw from one stream: rows are told
-        apart by their step, as every policy addresses its draws."""
+        With `tree_reuse` the continuations follow, each against its siblings."""
         config, layout, copies = self.config.grpo, policy.layout, self.config.num_continuations
         group = config.num_generations
 
         def draw() -> Iterator[tuple[tuple[Rollout, Rollout], Rollout]]:
             for some, address in chunks(prompts, rng, max(1, config.rollouts_per_chunk // (group * copies))):
                 prefix = policy.prefix(repeated(some, group), address.repeat(group), steps=m)
-                whole = policy.complete(prefix, address.repeat(group).repeat(copies)) if m < layout.steps else prefix
+                whole = policy.complete(prefix, address.at(FURTHER).repeat(group * copies)) if m < layout.steps else prefix
                 yield (replace(prefix, state=None), replace(whole, state=None)), whole
 
         seen: list[Tensor] = []
@@ -150,12 +165,14 @@ class VARRL:
                 mask = reward_mask(config, layout, judgement) & ~judgement.value.cpu().isnan()[:, None]
                 batch = train_batch(config, layout, prefix, value, advantage, mask.unflatten(0, (-1, copies)).any(1), stage="prefix")
                 seen.append(judgement.value.float().cpu().reshape(-1, group, copies))
-                yield replace(batch, metrics={**batch.metrics, **self._prefix_metrics(batch, seen[-1], m)})
+                yield replace(batch, metrics={**batch.metrics, **stage_metrics(seen[-1], m)})
             if self.config.tree_reuse:
                 own = [replace(judgement, value=value) for (_, judgement), (_, value) in zip(pieces, returns, strict=True)]
                 advantages = token_advantages(layout, own, reaches, self._against_siblings)
                 for ((_, whole), _), judgement, advantage in zip(pieces, own, advantages, strict=True):
-                    yield train_batch(config, layout, whole, judgement, advantage, reward_mask(config, layout, judgement), stage="suffix")
+                    mask = reward_mask(config, layout, judgement)
+                    batch = train_batch(config, layout, whole, judgement, advantage, mask, stage="suffix")
+                    yield replace(batch, metrics={"judged": 0.0})
         if self.config.adapt_middle_step:
             self._remember(m, torch.cat(seen))
 
@@ -167,7 +184,7 @@ class VARRL:
         def draw() -> Iterator[tuple[Rollout, Rollout]]:
             for some, address in chunks(prompts, rng, max(1, config.rollouts_per_chunk // group)):
                 if self.config.shared_prefix_baseline:
-                    whole = policy.complete(policy.prefix(some, address, steps=m), address.repeat(group))
+                    whole = policy.complete(policy.prefix(some, address, steps=m), address.at(FURTHER).repeat(group))
                 else:
                     whole = policy.rollout(repeated(some, group), address.repeat(group))
                 yield replace(whole, state=None), whole
@@ -176,10 +193,11 @@ class VARRL:
             own = [replace(judgement, value=self._suffix_returns(policy, whole, judgement.value, m)[0]) for whole, judgement in pieces]
             reaches = [local_reach(config, layout, judgement) for judgement in own]
             advantages = token_advantages(layout, own, reaches, partial(against_group, config))
-            for (whole, _), judgement, advantage in zip(pieces, own, advantages, strict=True):
+            for (whole, found), judgement, advantage in zip(pieces, own, advantages, strict=True):
                 mask = reward_mask(config, layout, judgement)
                 batch = train_batch(config, layout, whole, judgement, advantage, mask, stage="suffix", inside=whole.step >= m)
-                yield replace(batch, metrics={**batch.metrics, "middle_step": float(m)})
+                value = found.value.float().cpu().reshape(-1, group, 1)
+                yield replace(batch, metrics={**batch.metrics, **stage_metrics(value, m)})
 
     def _suffix_returns(
         self, policy: Policy, whole: Rollout, reward: Float[Tensor, " N"], m: int
@@ -207,18 +225,6 @@ class VARRL:
         suffix_return, own, before = self._suffix_returns(policy, whole, reward, m)
         reward, own, before = (part.unflatten(0, (-1, copies)) for part in (reward.float().cpu(), own, before))
         return middle_return(reward, self.config.middle_return, eta, own) - eta * before[:, 0], suffix_return
-
-    def _prefix_metrics(self, batch: TrainBatch, value: Float[Tensor, "P G K"], m: int) -> dict[str, float]:
-        """`reward` and `reward_failed` are of the pictures, `value` is the prefixes' mean return, `variance_share` the part of the reward's
-        variance that is settled by step m."""
-        metrics = {"middle_step": float(m), "reward_failed": value.isnan().float().mean().item()}
-        if "reward" in batch.metrics:
-            metrics |= {"value": batch.metrics["reward"], "reward": value.nanmean().item()}
-        if value.shape[2] > 1:
-            between, within = variance_parts(value)
-            if not math.isnan(between):
-                metrics["variance_share"] = variance_share(between, within)
-        return metrics
 
     def _against_siblings(self, part: Float[Tensor, "N R"]) -> Float[Tensor, "N R"]:
         shape = (-1, self.config.grpo.num_generations, self.config.num_continuations)
