@@ -152,7 +152,8 @@ def judged(policy: Policy, judge: Judge, drawn: Iterable[tuple[T, Rollout]]) -> 
 
 def batched(pieces: Iterator[T], config: GRPOConfig) -> Iterator[list[T]]:
     """Pieces whose advantages can be known together: one by one, but all at once where advantages are divided by the deviation of the whole
-    batch. `scale_rewards=batch` therefore waits for the last judgement before the first piece, and nothing overlaps with training."""
+    batch. `scale_rewards=batch` therefore waits for the last judgement before the first piece, and nothing overlaps with training; and the
+    batch is this process's own."""
     if config.scale_rewards == "batch":
         yield list(pieces)
     else:
