@@ -1,142 +1,105 @@
-import hashlib
-import json
-import os
-import resource
-import subprocess
-import sys
+"""The data folder: what is written is what is read, and what is wrong is named with its place."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import nn
+from PIL import Image
 
-from varl.checkpoints.folder import (
-    load_config,
-    load_notes,
-    load_tensors,
-    read_tensors,
-    remove_leftovers,
-    save_model,
-    strict_load,
-    write_tensors,
+from varl.config import WordsConfig
+from varl.data.folder import load_images, read_folder, to_rgb, write_folder
+from varl.data.words import dataset
+from varl.errors import DataError
+from varl.types import Prompt, Region
+
+
+def test_what_is_written_is_what_is_read(tmp_path):
+    images, prompts = dataset(WordsConfig(image_size=(32, 64), regions=(0.5, 0.5)), ["RED", "FOX", "OWL"], 5, seed=1)
+    write_folder(tmp_path, images, prompts)
+    back = read_folder(tmp_path)
+    assert [(p.text, p.regions, p.style, p.label) for p in back] == [(p.text, p.regions, p.style, p.label) for p in prompts]
+    assert torch.equal(load_images(back, (32, 64)), images)
+
+
+def test_prompts_without_pictures(tmp_path):
+    prompts = [Prompt(text="a red cube", label=3), Prompt(), Prompt(text="Ü|é", regions=(Region(text="Ü"), Region(text="é")))]
+    write_folder(tmp_path, None, prompts)
+    assert read_folder(tmp_path) == prompts
+    with pytest.raises(DataError, match="'a red cube': names no image"):
+        load_images(prompts, (16, 64))
+
+
+def test_blank_lines_count_but_do_not_matter(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"text": "CAT"}\n\n{"text": "DOG", "colour": 1}\n')
+    with pytest.raises(DataError, match=r"prompts\.jsonl:3: unknown key 'colour'.*Known: text"):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"text": "CAT"', "not JSON"),
+        ('["CAT"]', "is not an object"),
+        ('{"txt": "CAT"}', "unknown key 'txt'"),
+        ('{"text": 5}', "text=5 must be a string"),
+        ('{"label": "3"}', "label='3' must be a whole number"),
+        ('{"label": true}', "label=True must be a whole number"),
+        ('{"label": null}', "label=None must be a whole number"),
+        ('{"style": "serif"}', "style='serif' must be a list"),
+        ('{"style": [1]}', "style holds 1"),
+        ('{"regions": ["CAT"]}', "'CAT' is not an object"),
+        ('{"regions": [{"box": [0, 0, 1, 1]}]}', "has no text"),
+        ('{"regions": [{"text": "CAT", "size": 3}]}', "unknown key 'size'"),
+        ('{"regions": [{"text": "CAT", "box": [0, 0, 64, 16]}]}', r"box=\[0, 0, 64, 16\].*not pixels"),
+        ('{"regions": [{"text": "CAT", "box": [-0.1, 0, 1, 1]}]}', "box="),
+        ('{"regions": [{"text": "CAT", "box": [0.5, 0, 0.5, 1]}]}', "box="),
+        ('{"regions": [{"text": "CAT", "box": [0, 0, 1]}]}', "box="),
+        ('{"regions": [{"text": "CAT", "box": [0, 0, NaN, 1]}]}', "box="),
+        ('{"image": 3}', "image holds 3"),
+        ('{"image": "none.png"}', "there is no file .*none.png"),
+        ('{"image": "text.png"}', "image 'text.png': cannot be read"),
+        ('{"image": "cut.png"}', "image 'cut.png': cannot be read"),
+    ],
 )
-from varl.errors import CheckpointError
+def test_a_fault_is_named_with_file_and_line(tmp_path, line, says):
+    (tmp_path / "text.png").write_text("not a picture")
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:1000])
+    (tmp_path / "prompts.jsonl").write_text('{"image": "whole.png"}\n' + line + "\n")
+    with pytest.raises(DataError, match=r"prompts\.jsonl:2: .*" + says):
+        read_folder(tmp_path)
 
 
-def every_dtype() -> dict[str, torch.Tensor]:
-    base = torch.arange(6).reshape(2, 3)
-    dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
-    tensors = {str(dtype): base.to(dtype) for dtype in dtypes}
-    return {"flags": base > 2, "scalar": torch.tensor(0.1), "none": torch.empty(0, 4), "strided": torch.randn(4, 6).T[::2], **tensors}
+def test_a_folder_without_prompts_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"has no prompts\.jsonl"):
+        read_folder(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="is empty"):
+        read_folder(tmp_path)
 
 
-def dead_pid() -> int:
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    child.wait()
-    return child.pid
+def test_a_picture_of_another_size_names_both(tmp_path):
+    Image.new("RGB", (64, 16)).save(tmp_path / "a.png")
+    (tmp_path / "prompts.jsonl").write_text('{"image": "a.png"}\n')
+    with pytest.raises(DataError, match=r"a\.png: is 16x64 .*must be 32x64"):
+        load_images(read_folder(tmp_path), (32, 64))
 
 
-def test_tensors_come_back_bit_for_bit_and_others_can_read_them(tmp_path):
-    tensors = every_dtype() | {"odd": torch.tensor([float("nan"), float("inf"), -0.0])}
-    write_tensors(tmp_path / "x.safetensors", tensors)
-    for read in (read_tensors, load_file):
-        got = read(tmp_path / "x.safetensors")
-        assert got.keys() == tensors.keys()
-        for name, want in tensors.items():
-            assert got[name].dtype == want.dtype
-            assert got[name].shape == want.shape
-            assert got[name].contiguous().reshape(-1).view(torch.uint8).equal(want.contiguous().reshape(-1).view(torch.uint8))
+def test_other_modes_become_rgb(tmp_path):
+    half = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    half.putpixel((1, 0), (0, 0, 0, 255))
+    grey = Image.new("L", (2, 1), 7)
+    palette = Image.new("RGB", (2, 1), (10, 20, 30)).convert("P", palette=Image.Palette.ADAPTIVE)
+    pictures = {"half": half, "grey": grey, "palette": palette}
+    for name, picture in pictures.items():
+        picture.save(tmp_path / f"{name}.png")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"image": f"{name}.png"}) + "\n" for name in pictures))
+    loaded = load_images(read_folder(tmp_path), (1, 2))
+    assert loaded.permute(0, 2, 3, 1).tolist() == [[[[255, 255, 255], [0, 0, 0]]], [[[7, 7, 7]] * 2], [[[10, 20, 30]] * 2]]
 
 
-def test_model_folder_round_trip_and_replacement(tmp_path):
-    for bias in (1.0, 2.0):
-        path = save_model(tmp_path / "base", "depth: 3\n", {"model": {"b": torch.tensor([bias])}, "tokenizer": {}}, {"loss": bias})
-        assert load_config(path) == "depth: 3\n"
-        assert load_notes(path) == {"loss": bias}
-        assert load_tensors(path, "model")["b"].tolist() == [bias]
-        assert load_tensors(path, "tokenizer") == {}
-        assert {file.name for file in path.iterdir()} == {
-            "config.yaml",
-            "manifest.json",
-            "model.safetensors",
-            "notes.json",
-            "tokenizer.safetensors",
-        }
-    assert [entry.name for entry in tmp_path.iterdir()] == ["base"]
-
-
-def test_damage_is_named(tmp_path):
-    path = save_model(tmp_path / "base", "", {"model": {"w": torch.ones(100)}}, {})
-    file = path / "model.safetensors"
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-1] + b"\x01")
-    with pytest.raises(CheckpointError, match=r"base: model\.safetensors is not what was written"):
-        load_tensors(path, "model")
-    file.write_bytes(whole[:-40])
-    with pytest.raises(CheckpointError, match=rf"has {len(whole) - 40} bytes where {len(whole)} were written"):
-        load_tensors(path, "model")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.safetensors is missing"):
-        load_tensors(path, "tokenizer")
-    with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read"):
-        load_tensors(tmp_path / "nowhere", "model")
-    with pytest.raises(CheckpointError, match=r"config\.yaml cannot be read"):
-        load_config(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="as safetensors"):
-        read_tensors(file)
-
-
-def test_a_failed_replacement_leaves_the_old_folder(tmp_path):
-    save_model(tmp_path / "base", "", {"model": {"w": torch.ones(10)}}, {})
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
-    try:
-        with pytest.raises(CheckpointError, match=r"File too large\)\. It needs 400,002 bytes"):
-            save_model(tmp_path / "base", "", {"model": {"w": torch.ones(100_000)}}, {})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [entry.name for entry in tmp_path.iterdir()] == ["base"]
-    assert load_tensors(tmp_path / "base", "model")["w"].tolist() == [1.0] * 10
-
-
-def test_leftovers_of_the_dead_are_removed_and_what_they_put_aside_is_put_back(tmp_path):
-    dead = dead_pid()
-    save_model(tmp_path / "base", "aside", {}, {}).rename(tmp_path / f"base.old-{dead}")
-    for name in (f"base.tmp-{dead}", f"other.tmp-{os.getppid()}", f"mine.tmp-{os.getpid()}", "v1.2-alpha"):
-        (tmp_path / name).mkdir()
-    assert remove_leftovers(tmp_path) == [f"base.old-{dead}", f"base.tmp-{dead}", f"mine.tmp-{os.getpid()}"]
-    assert load_config(tmp_path / "base") == "aside"
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["base", f"other.tmp-{os.getppid()}", "v1.2-alpha"]
-
-
-def test_manifest_is_plain_json(tmp_path):
-    path = save_model(tmp_path / "base", "a: 1\n", {}, {})
-    manifest = json.loads((path / "manifest.json").read_text())
-    assert manifest["config.yaml"] == {"sha256": hashlib.sha256(b"a: 1\n").hexdigest(), "bytes": 5}
-    assert manifest.keys() == {"config.yaml", "notes.json"}
-
-
-def test_strict_load_fills_or_says_why_not():
-    module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
-    want = {name: torch.full_like(value, 0.5) for name, value in module.state_dict().items()}
-    strict_load(module, want, "a.safetensors")
-    assert all(value.eq(0.5).all() for value in module.state_dict().values())
-
-    wrong = dict(want) | {"0.weight": torch.zeros(5, 2), "extra": torch.zeros(1)}
-    wrong["1.weights"] = wrong.pop("1.weight")
-    with pytest.raises(CheckpointError) as caught:
-        strict_load(module, wrong, "a.safetensors")
-    assert str(caught.value).splitlines()[:-1] == [
-        "a.safetensors: the weights do not fit Sequential.",
-        "  missing (1):",
-        "    `1.weight` (nearest on the other side: `1.weights`)",
-        "  unexpected (2):",
-        "    `extra`",
-        "    `1.weights` (nearest on the other side: `1.weight`)",
-        "  of another shape (1):",
-        "    `0.weight` [5, 2], the model has [3, 2]",
-    ]
-
-
-def test_a_long_difference_is_cut():
-    with pytest.raises(CheckpointError, match=r"unexpected \(20\)(.|\n)*and 12 more"):
-        strict_load(nn.Sequential(), {f"x{i}": torch.zeros(1) for i in range(20)}, "a")
+def test_rgb_is_left_alone():
+    picture = Image.new("RGB", (1, 1), (1, 2, 3))
+    assert to_rgb(picture) is picture

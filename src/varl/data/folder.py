@@ -1,0 +1,157 @@
+"""A user's own data: a folder with prompts.jsonl, one JSON object a line, and the pictures that it names.
+
+    {"text": "RED|FOX", "regions": [{"text": "RED", "box": [0.1, 0.1, 0.6, 0.4]}, {"text": "FOX"}], "image": "images/000000.png"}
+
+Every key is optional: text, regions, style (a list of strings), label (a whole number), image (a path within the folder). A box is
+x0, y0, x1, y1 in shares of the picture."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor
+
+from varl.errors import DataError
+from varl.types import Box, Prompt, Region
+
+PROMPTS = "prompts.jsonl"
+KEYS = ("text", "regions", "style", "label", "image")
+
+
+def write_folder(path: Path | str, images: UInt8[Tensor, "N 3 H W"] | None, prompts: Sequence[Prompt]) -> None:
+    """Writes prompts.jsonl, and each picture as images/NNNNNN.png where there are any."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    if images is not None:
+        (folder / "images").mkdir(exist_ok=True)
+    lines = []
+    for i, prompt in enumerate(prompts):
+        entry: dict[str, Any] = {"text": prompt.text}
+        if prompt.regions:
+            entry["regions"] = [{"text": r.text} | ({"box": list(r.box)} if r.box else {}) for r in prompt.regions]
+        if prompt.style:
+            entry["style"] = list(prompt.style)
+        if prompt.label is not None:
+            entry["label"] = prompt.label
+        if images is not None:
+            entry["image"] = f"images/{i:06d}.png"
+            Image.fromarray(images[i].permute(1, 2, 0).contiguous().numpy()).save(folder / entry["image"])
+        lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+    (folder / PROMPTS).write_text("".join(lines), encoding="utf-8")
+
+
+def read_folder(path: Path | str) -> list[Prompt]:
+    """The folder's prompts, `image` as a full path. Every line and every picture is checked; the first fault is a DataError that names its
+    file and line."""
+    file = Path(path) / PROMPTS
+    if not file.is_file():
+        raise DataError(f"data folder {str(path)!r}: has no {PROMPTS}. Write one JSON object a line, e.g. " + '{"text": "CAT"}.')
+    prompts = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                prompts.append(_prompt(line, Path(path)))
+            except _Fault as fault:
+                raise DataError(f"{file}:{number}: {fault}") from fault.__cause__
+    if not prompts:
+        raise DataError(f"{file}: is empty. Write one JSON object a line.")
+    return prompts
+
+
+class _Fault(Exception):
+    """What is wrong with a line, without its place."""
+
+
+def _prompt(line: str, folder: Path) -> Prompt:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise _Fault(f"{line[:60]!r} is not JSON ({error}). Write one complete object on each line.") from error
+    _object(entry, KEYS)
+    return Prompt(
+        text=_typed(entry, "text", str, ""),
+        regions=tuple(_region(region) for region in _typed(entry, "regions", list, [])),
+        style=tuple(_text("style", part) for part in _typed(entry, "style", list, [])),
+        label=_typed(entry, "label", int, None),
+        image=_picture(entry["image"], folder) if "image" in entry else None,
+    )
+
+
+def _object(entry: Any, keys: Sequence[str]) -> None:
+    if not isinstance(entry, dict):
+        raise _Fault(f"{entry!r} is not an object. Write {{...}} with keys of {', '.join(keys)}.")
+    for key in entry:
+        if key not in keys:
+            raise _Fault(f"unknown key {key!r}. Known: {', '.join(keys)}.")
+
+
+def _typed(entry: dict[str, Any], key: str, kind: type, default: Any) -> Any:
+    value = entry.get(key, default)
+    if key in entry and (not isinstance(value, kind) or isinstance(value, bool)):
+        names = {str: "a string", int: "a whole number", list: "a list"}
+        raise _Fault(f"{key}={value!r} must be {names[kind]}. Correct it, or leave the key out.")
+    return value
+
+
+def _text(key: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise _Fault(f"{key} holds {value!r}, must hold strings. Put it in quotes.")
+    return value
+
+
+def _region(entry: Any) -> Region:
+    _object(entry, ("text", "box"))
+    if "text" not in entry:
+        raise _Fault(f"region {entry!r} has no text. Add what shall be read there.")
+    return Region(text=_typed(entry, "text", str, ""), box=_box(entry["box"]) if "box" in entry else None)
+
+
+def _box(value: Any) -> Box:
+    numbers = isinstance(value, list) and len(value) == 4 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
+    if not numbers or not (0 <= value[0] < value[2] <= 1 and 0 <= value[1] < value[3] <= 1):
+        raise _Fault(f"box={value!r} must be [x0, y0, x1, y1] with 0 <= x0 < x1 <= 1, y alike. Give shares of the picture, not pixels.")
+    x0, y0, x1, y1 = value
+    return float(x0), float(y0), float(x1), float(y1)
+
+
+def _picture(value: Any, folder: Path) -> str:
+    path = folder / _text("image", value)
+    if not path.is_file():
+        raise _Fault(f"image {value!r}: there is no file {path}. Paths are relative to the folder.")
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise _Fault(f"image {value!r}: cannot be read ({error}). The file is damaged, or not a picture: write it again.") from error
+    return str(path)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB as it is; grey and palette pictures converted; transparent ones laid on white."""
+    if image.mode == "RGB":
+        return image
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def load_images(prompts: Sequence[Prompt], size: tuple[int, int]) -> UInt8[Tensor, "N 3 H W"]:
+    """The prompts' pictures, each of `size` (H, W) pixels as it lies on disk: nothing is resized."""
+    pictures = np.empty((len(prompts), *size, 3), np.uint8)
+    for i, prompt in enumerate(prompts):
+        if prompt.image is None:
+            raise DataError(f"prompt {prompt.text!r}: names no image. Add the key `image` to its line.")
+        with Image.open(prompt.image) as image:
+            if (image.height, image.width) != size:
+                raise DataError(
+                    f"image {prompt.image}: is {image.height}x{image.width} (height x width), must be {size[0]}x{size[1]}. Resize the "
+                    "pictures, or set image_size."
+                )
+            pictures[i] = np.asarray(to_rgb(image))
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
