@@ -48,7 +48,9 @@ def model_path(name: str) -> Path:
     kind, _, bundled = name.partition(":")
     path = Path(str(files("varl") / "bundled" / bundled)) if kind == "bundled" else Path(name)
     if not (path / "config.yaml").is_file():
-        raise ConfigError(f"model={name!r}: no config.yaml in {path}. Give a model folder (made by `varl pretrain` or `varl convert`), or bundled:words.")
+        raise ConfigError(
+            f"model={name!r}: no config.yaml in {path}. Give a model folder (made by `varl pretrain` or `varl convert`), or bundled:words."
+        )
     return path
 
 
@@ -75,7 +77,9 @@ def new_model(config: NextScaleConfig) -> tuple[NextScale, MultiScaleVQ]:
 def build_algorithm(config: AlgorithmConfig, policy: Policy) -> Algorithm:
     match config:
         case VARRLConfig() if not isinstance(policy, BranchingPolicy):
-            raise ConfigError(f"var_rl completes half-drawn images; {type(policy).__name__} cannot. Use a next-scale model or GRPOConfig().")
+            raise ConfigError(
+                f"var_rl completes half-drawn images; {type(policy).__name__} cannot. Use a next-scale model or GRPOConfig()."
+            )
         case VARRLConfig():
             return VARRL(config)
         case GRPOConfig():
@@ -83,8 +87,11 @@ def build_algorithm(config: AlgorithmConfig, policy: Policy) -> Algorithm:
     assert_never(config)
 
 
-def beta(config: AlgorithmConfig) -> float:
-    return config.grpo.beta if isinstance(config, VARRLConfig) else config.beta
+def needs_reference(config: AlgorithmConfig) -> bool:
+    """Whether a frozen copy of the initial model takes part: in a KL term, or as the fixed old policy of the importance-corrected value."""
+    if isinstance(config, VARRLConfig):
+        return config.grpo.beta > 0 or config.middle_return == "importance"
+    return config.beta > 0
 
 
 def build_reward(config: RewardConfig) -> RewardFn:
@@ -120,12 +127,12 @@ def build_prompts(config: DataConfig, seed: int, heldout: int) -> PromptSets:
             train = read_folder(Path(config.path))
             held = read_folder(Path(config.heldout))[:heldout] if config.heldout else []
             if not train:
-                raise DataError(f"{config.path}: prompts.jsonl is empty. Write one JSON object a line, at least {{\"text\": ...}}.")
+                raise DataError(f'{config.path}: prompts.jsonl is empty. Write one JSON object a line, at least {{"text": ...}}.')
             return PromptSets(train=train, heldout=held, fixed=(held or train)[:12])
     assert_never(config)
 
 
 def build_sampler(prompts: Sequence[Prompt], config: RunConfig, rank: int, world: int):
     """Prompts of one step for one rank, with their global slots, as a function of the step alone."""
-    sampler = PromptSampler(prompts, config.seed, config.train.prompts_per_step)
+    sampler = PromptSampler(prompts, seed=config.seed, per_step=config.train.prompts_per_step)
     return lambda step: shard(sampler.at(step), rank, world)

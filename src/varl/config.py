@@ -349,9 +349,6 @@ class TrainConfig:
     """Share of a step's pictures whose reward may fail before the run stops."""
     idle_steps: int = 20
     """Stop after so many steps in a row that taught nothing (all advantages 0)."""
-    shard: bool = False
-    """FSDP2 over the ranks, instead of a copy on each."""
-    compile: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -392,7 +389,8 @@ class PretrainConfig:
     """Share of training prompts replaced by the empty prompt, for guidance."""
     init: str | None = None
     """Go on from this model folder: tokenizer kept, transformer trained on."""
-    max_seconds: float = 0.0
+    max_cpu_seconds: float = 0.0
+    """Stop the transformer after so much CPU time of this process, over interruptions; 0 is no limit."""
     save_every: int = 200
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -6,7 +6,7 @@ A picture is a trajectory of token actions laid out on steps. Letters: B rollout
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -71,7 +71,7 @@ class _Batch:
 
     __slots__ = ()
 
-    def rows(self, index: Sequence[int]) -> Self:
+    def rows(self, index: Sequence[int]) -> Any:
         at = torch.as_tensor(list(index), dtype=torch.long)
 
         def pick(value: Any) -> Any:

@@ -1,14 +1,14 @@
 """Do the words read? Held-out prompts, fixed seeds, one or more readers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from varl.rng import Stream
-from varl.types import Judgement, Policy, Prompt, Rollout
+from varl.types import Policy, Prompt, Rollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,19 +44,17 @@ def token_diversity(actions: Int[Tensor, "B L"], copies: int) -> float:
     return float(differ.sum((1, 2)).mean() / (copies * (copies - 1)))
 
 
-def share_interval(hits: Bool[Tensor, " B"] | Float[Tensor, " B"], copies: int) -> tuple[float, float]:
+def share_interval(hits: Float[Tensor, " B"], copies: int) -> tuple[float, float]:
     """Mean, and the half-width of its 95% interval, clustered by prompt (pictures of one word are not independent)."""
-    values = hits.float()
-    values = values[: len(values) // copies * copies].view(-1, copies).mean(1)
+    values = hits[: len(hits) // copies * copies].view(-1, copies).mean(1)
     return float(values.mean()), float(1.96 * values.std() / len(values) ** 0.5)
 
 
-def reading_metrics(judgement: Judgement, copies: int) -> dict[str, float]:
-    """word_accuracy and ned (similarity), with the half-widths of their 95% intervals; failed readings are left out and counted."""
+def reading_metrics(parts: Mapping[str, Float[Tensor, " B"]], copies: int) -> dict[str, float]:
+    """word_accuracy and ned (similarity), with the half-widths of their 95% intervals; failed readings (NaN) are left out and counted."""
     metrics = {}
     for name in ("word_accuracy", "ned"):
-        part = judgement.parts[name]
-        ok = ~part.isnan()
-        metrics[name], metrics[f"{name}_ci95"] = share_interval(part[ok], copies if bool(ok.all()) else 1)
-    metrics["failed"] = float(judgement.value.isnan().float().mean())
+        ok = ~parts[name].isnan()
+        metrics[name], metrics[f"{name}_ci95"] = share_interval(parts[name][ok], copies if bool(ok.all()) else 1)
+        metrics["failed"] = float((~ok).float().mean())
     return metrics

@@ -19,6 +19,8 @@ from varl.config import NextScaleConfig, TextConfig
 
 NORM_EPS = 1e-6
 MAX_LOG_SCALE = 4.605170185988092  # log 100
+ATTRIBUTE_SLOTS = 2
+"""Places for attributes, between the start symbol and the characters; empty ones are padding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,7 +196,7 @@ class CharacterEncoder(nn.Module):
         self.position = nn.Parameter(torch.randn(1, text_slots(config), width) * 0.5)
         self.layers = nn.ModuleList(EncoderLayer(width, heads) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
-        self.pool = nn.Linear(width, width)
+        self.pool = nn.Linear((ATTRIBUTE_SLOTS + 2) * width, width)
 
     def forward(self, ids: Int[Tensor, "B N"]) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B D"], Bool[Tensor, "B 1 1 N"]]:
         there = ids != 0
@@ -203,7 +205,9 @@ class CharacterEncoder(nn.Module):
             x = layer(x, there[:, None, None, :])
         x = self.norm(x)
         weight = there.unsqueeze(-1).to(x.dtype)
-        return x, self.pool((x * weight).sum(1) / weight.sum(1)), there[:, None, None, :]
+        mean = (x * weight).sum(1) / weight.sum(1)
+        head = x[:, : ATTRIBUTE_SLOTS + 1].flatten(1)
+        return x, self.pool(torch.cat([head, mean], 1)), there[:, None, None, :]
 
 
 def text_vocabulary(config: TextConfig) -> int:
@@ -212,8 +216,8 @@ def text_vocabulary(config: TextConfig) -> int:
 
 
 def text_slots(config: TextConfig) -> int:
-    """A start symbol, attributes (two of them at most), characters."""
-    return 1 + 2 + config.max_length
+    """A start symbol, attributes, characters."""
+    return 1 + ATTRIBUTE_SLOTS + config.max_length
 
 
 class NextScale(nn.Module):
@@ -257,6 +261,8 @@ class NextScale(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=std)
         for p in (self.pos_start, self.pos_1LC):
             nn.init.trunc_normal_(p, std=std)
+        if self.config.text is not None:  # characters must not drown in their positions
+            nn.init.trunc_normal_(self.text.symbols.weight, std=1.0)
         for block in self.blocks:
             for out in (block.attn.proj, block.ffn.fc2):
                 out.weight.data.div_((2 * len(self.blocks)) ** 0.5)

@@ -48,7 +48,10 @@ def token_law(
 def draw(logp: Float[Tensor, "*B V"], uniform: Float[Tensor, "*B"]) -> Int[Tensor, "*B"]:
     """Inverse-CDF sampling: the token in whose stretch of [0, 1) the uniform falls. One uniform per token is the whole randomness of a
     picture, the same on every device; a token of probability 0 is never drawn."""
-    cdf = logp.exp().cumsum(-1)
+    p = logp.exp()
+    cdf = p.cumsum(-1)
+    if cdf.is_cuda:  # summed in parallel it may rise, or fall, by a rounding error where p is 0
+        cdf = torch.where(p > 0, cdf, 0.0).cummax(-1).values
     # scaled by the rounded total, and kept below it, so that rounding never falls off the end
     total = cdf[..., -1:]
     target = torch.minimum(uniform.unsqueeze(-1) * total, total.nextafter(torch.zeros_like(total)))

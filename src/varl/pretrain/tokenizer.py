@@ -62,7 +62,9 @@ def batch_index(pictures: int, batch: int, step: int, seed: int, purpose: str) -
     return order[place * batch : (place + 1) * batch]
 
 
-def tokenizer_loss(vq: MultiScaleVQ, images: Float[Tensor, "B 3 H W"], quantised: bool) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor] | None]:
+def tokenizer_loss(
+    vq: MultiScaleVQ, images: Float[Tensor, "B 3 H W"], quantised: bool
+) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor] | None]:
     """(loss, squared pixel error, ids, asked vectors) for pictures in [-1, 1]. Before the codebook exists, the plain autoencoder's."""
     if not quantised:
         f = vq.features(images)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -24,7 +24,7 @@ from varl.errors import NumericsError, RewardError
 from varl.rng import Stream
 from varl.train.ema import EMA
 from varl.train.optim import build_optimizer, lr_at, set_lr
-from varl.types import Algorithm, Judge, Policy, Prompt, TrainBatch
+from varl.types import Algorithm, Judge, Policy, Prompt, Rollout, Score, TrainBatch
 
 log = logging.getLogger("varl")
 
@@ -190,12 +190,13 @@ class Trainer:
             return f"The model is in training mode (`{on[0] or 'root'}`): dropout or drop-path is on. Call eval()."
         score = self.policy.score(rollout).logp
         if rollout.sample_logp is not None and (score - rollout.sample_logp).abs().max() < (score - rollout.logp).abs().max() / 10:
-            return "The recomputed values are those of the sample law: guidance, temperature or filter differ. Set score_law to what is scored."
+            return "The recomputed values are those of the sample law: guidance, temperature or filter differ. Set score_law right."
         again = self.policy.score(rollout).logp
         if not torch.equal(score, again):
             return "Scoring the same rollout twice gives two results: something in the model draws random numbers while scoring."
         worst = int((score - rollout.logp).abs().amax(0).argmax())
-        return f"The largest difference is at token {worst} (step {int(rollout.step[0, worst])}): check the cache, the mask and the alignment of inputs there."
+        step = int(rollout.step[0, worst])
+        return f"The largest difference is at token {worst} (step {step}): check the cache, the mask and the alignment of inputs there."
 
     def _refuse_nonfinite(self, value: Tensor, batch: TrainBatch, what: str) -> None:
         if torch.isfinite(value):
@@ -221,8 +222,8 @@ class Trainer:
         failed, judged = (all_sum(torch.tensor(float(n))).item() for n in (tally.failed, tally.judged))
         if judged and failed / judged > self.config.max_failed_rewards:
             raise RewardError(
-                f"step {self.progress.step + 1}: {failed:.0f} of {judged:.0f} rewards failed (allowed share: {self.config.max_failed_rewards:g}). "
-                "See the log for the engine's own message; nothing was updated in this step."
+                f"step {self.progress.step + 1}: {failed:.0f} of {judged:.0f} rewards failed (allowed share: "
+                f"{self.config.max_failed_rewards:g}). See the log for the engine's own message; nothing was updated in this step."
             )
 
     # -- the run -----------------------------------------------------------------------------------------------------------------------
@@ -271,30 +272,39 @@ class Trainer:
 
 
 class TimedPolicy:
-    """The policy, with its acting timed."""
+    """The policy, with its acting timed. Has every power that a policy may have; using one that the policy lacks fails there."""
 
-    def __init__(self, policy: Policy, clock: Clock) -> None:
+    def __init__(self, policy: Any, clock: Clock) -> None:
         self._policy, self._clock = policy, clock
+        self.module, self.layout = policy.module, policy.layout
 
-    def __getattr__(self, name: str):
-        value = getattr(self._policy, name)
-        phase = {
-            "rollout": "rollout",
-            "prefix": "rollout",
-            "complete": "rollout",
-            "draw": "rollout",
-            "redraw": "rollout",
-            "encode": "rollout",
-            "decode": "decode",
-        }.get(name)
-        if phase is None:
-            return value
+    def _timed(self, phase: str, name: str, *args: Any, **kwargs: Any) -> Any:
+        with self._clock.phase(phase):
+            return getattr(self._policy, name)(*args, **kwargs)
 
-        def timed(*args, **kwargs):
-            with self._clock.phase(phase):
-                return value(*args, **kwargs)
+    def rollout(self, prompts: Sequence[Prompt], rng: Stream) -> Rollout:
+        return self._timed("rollout", "rollout", prompts, rng)
 
-        return timed
+    def prefix(self, prompts: Sequence[Prompt], rng: Stream, *, steps: int) -> Rollout:
+        return self._timed("rollout", "prefix", prompts, rng, steps=steps)
+
+    def complete(self, prefix: Rollout, rng: Stream) -> Rollout:
+        return self._timed("rollout", "complete", prefix, rng)
+
+    def encode(self, images: Tensor, prompts: Sequence[Prompt]) -> Rollout:
+        return self._timed("rollout", "encode", images, prompts)
+
+    def draw(self, given: Rollout, rng: Stream, *, prefix_noise: float) -> Rollout:
+        return self._timed("rollout", "draw", given, rng, prefix_noise=prefix_noise)
+
+    def redraw(self, rollout: Rollout, rng: Stream) -> Rollout:
+        return self._timed("rollout", "redraw", rollout, rng)
+
+    def decode(self, rollout: Rollout) -> Tensor:
+        return self._timed("decode", "decode", rollout)
+
+    def score(self, rollout: Rollout) -> Score:
+        return self._timed("rollout", "score", rollout)
 
 
 class TimedJudge:
@@ -349,7 +359,7 @@ class Tally:
     def add_rollouts(self, piece: TrainBatch) -> None:
         self._add(dict(piece.metrics), len(piece))
         self.judged += int(piece.metrics.get("judged", len(piece)))
-        self.failed += int(piece.judgement.value.isnan().sum())
+        self.failed += round(piece.metrics.get("reward_failed", 0.0) * piece.metrics.get("judged", len(piece)))
         self.taught += int((piece.advantage * piece.weight).abs().amax(1).gt(0).sum())
         self.stage = piece.stage
         self._add({"advantage_abs_mean": float(piece.advantage.abs().mean())}, len(piece))

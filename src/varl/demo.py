@@ -1,0 +1,229 @@
+"""`make demo`: the bundled base model, post-trained to write words that read; measured before, after, and against its controls.
+
+Every part leaves its result in the run directory, so that the same command goes on wherever it was interrupted."""
+
+import dataclasses
+import json
+import logging
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from varl.build import build_prompts, model_path, with_law
+from varl.checkpoints import next_scale as model_folder
+from varl.checkpoints.folder import load_notes
+from varl.config import LawConfig, OCRConfig, RunConfig, WordsConfig
+from varl.eval.words import Sample, draw_sample, reading_metrics, token_diversity
+from varl.policies.next_scale import NextScalePolicy
+from varl.pretrain.run import pretrain
+from varl.recipes import pretrain as pretrain_recipes
+from varl.recipes import var_rl
+from varl.report import write_report
+from varl.rewards.judge import judge_now
+from varl.rewards.ocr import choose_engine
+from varl.rewards.ocr_reward import OCRReward
+from varl.run import train
+from varl.train.record import METRICS, save_picture
+from varl.types import Judgement
+
+log = logging.getLogger("varl")
+
+WORDS, COPIES = 256, 3
+"""Held-out words (drawn with repetition of words but not of styles), and pictures of each: 768 samples."""
+TEMPERATURES = (1.0, 0.8, 0.6)
+EVAL_SEED = 4321
+GALLERY = 24
+
+Say = Callable[[str], None]
+Tick = Callable[[Mapping[str, Any]], None]
+
+
+def demo(out: Path, seed: int = 0, say: Say = log.info, tick: Tick = lambda metrics: None) -> Path:
+    """`out`/report.html and `out`/summary.json."""
+    config = dataclasses.replace(var_rl.words_cpu(), seed=seed)
+    assert isinstance(config.data, WordsConfig)
+    engine, why = choose_engine("auto")
+    say(f"reward: {why}")
+    second = "rapidocr" if engine == "tesseract" else None
+    if second is None:
+        say("second judge: none, because both places would be taken by the same engine")
+    out.mkdir(parents=True, exist_ok=True)
+
+    say("1/4  the base model, before")
+    before = evaluate(model_path(config.model), config, out / "eval" / "before", engine, second)
+    say(f"     word accuracy {before['T1.0']['word_accuracy']:.3f} at temperature 1")
+    say(f"2/4  post-training: {config.train.steps} steps")
+    outcome = train(config, out, tick)
+    if not outcome.done:
+        return out
+    trained = load_notes(outcome.model)
+    after = evaluate(outcome.model, config, out / "eval" / "after", engine, second)
+    say(f"     word accuracy {after['T1.0']['word_accuracy']:.3f} at temperature 1")
+    say(f"3/4  control: the base trained on for the same CPU time ({trained['cpu_seconds']:.0f} s)")
+    cpu = float(trained["cpu_seconds"])
+    with threads(torch.get_num_threads() + 1):
+        on = pretrain(pretrain_recipes.continued(config.model, cpu, seed), out / "continued", tick)
+    control = evaluate(on, config, out / "eval" / "continued", engine, second)
+    say("4/4  report")
+    summary = summarise(config, before, after, control, trained, engine, second)
+    write_atomic(out / "summary.json", json.dumps(summary, indent=2))
+    gallery(out)
+    write_report(out, definitions=METRICS)
+    return out
+
+
+# ---- measuring --------------------------------------------------------------------------------------------------------------------------
+
+
+def evaluate(folder: Path, config: RunConfig, cache: Path, engine: str, second: str | None) -> dict[str, dict[str, float]]:
+    """Held-out words at every temperature by the engine that rewards, and at temperature 1 by the other: name -> metrics. Kept in
+    `cache`.json, with the pictures of the first words beside it."""
+    done = cache.with_suffix(".json")
+    if done.exists():
+        return json.loads(done.read_text())
+    model, tokenizer = model_folder.load(folder)
+    policy = NextScalePolicy(model, tokenizer)
+    held = build_prompts(config.data, config.seed, WORDS).heldout
+    results: dict[str, dict[str, float]] = {}
+    reward = OCRReward(OCRConfig(engine=engine))  # type: ignore[arg-type]
+    try:
+        for temperature in TEMPERATURES:
+            sample = draw_sample(with_law(policy, LawConfig(temperature=temperature)), held, copies=COPIES, seed=EVAL_SEED)
+            judgement = judge_now(reward, sample.images, sample.prompts)
+            diversity = token_diversity(sample.actions, COPIES)
+            results[f"T{temperature}"] = {**reading_metrics(judgement.parts, COPIES), "token_diversity": diversity}
+            if temperature == 1.0:
+                keep_pictures(cache, sample, judgement)
+                if second is not None:
+                    other = OCRReward(OCRConfig(engine=second))  # type: ignore[arg-type]
+                    results["second_judge"] = reading_metrics(judge_now(other, sample.images, sample.prompts).parts, COPIES)
+                    other.close()
+    finally:
+        reward.close()
+    write_atomic(done, json.dumps(results, indent=2))
+    return results
+
+
+def keep_pictures(folder: Path, sample: Sample, judgement: Judgement) -> None:
+    """The first picture of each of the first words, and what was read in it."""
+    assert judgement.found is not None
+    told = []
+    for place in range(GALLERY):
+        row = place * COPIES
+        save_picture(folder / f"{place:02d}.png", sample.images[row])
+        found = [dataclasses.asdict(f) for f in judgement.found[row]]
+        prompt = sample.prompts[row]
+        told.append(
+            {"text": prompt.text, "style": prompt.style, "found": found, "correct": bool(judgement.parts["word_accuracy"][row] == 1)}
+        )
+    write_atomic(folder / "index.json", json.dumps(told))
+
+
+def gallery(out: Path) -> None:
+    """What the report shows side by side: gallery/before, gallery/after, gallery/index.json."""
+    sides = {side: json.loads((out / "eval" / side / "index.json").read_text()) for side in ("before", "after")}
+    for side in sides:
+        link = out / "gallery" / side
+        link.mkdir(parents=True, exist_ok=True)
+        for picture in (out / "eval" / side).glob("*.png"):
+            (link / picture.name).write_bytes(picture.read_bytes())
+    rows = [
+        {
+            "text": b["text"],
+            "style": b["style"],
+            **{side: {k: told[k] for k in ("found", "correct")} for side, told in (("before", b), ("after", a))},
+        }
+        for b, a in zip(sides["before"], sides["after"], strict=True)
+    ]
+    write_atomic(out / "gallery" / "index.json", json.dumps(rows))
+
+
+def best(results: Mapping[str, Mapping[str, float]]) -> tuple[str, float]:
+    """The temperature that reads best, and its word accuracy."""
+    name = max((name for name in results if name.startswith("T")), key=lambda name: results[name]["word_accuracy"])
+    return name.removeprefix("T"), results[name]["word_accuracy"]
+
+
+def summarise(
+    config: RunConfig,
+    before: Mapping[str, Mapping[str, float]],
+    after: Mapping[str, Mapping[str, float]],
+    control: Mapping[str, Mapping[str, float]],
+    trained: Mapping[str, Any],
+    engine: str,
+    second: str | None,
+) -> dict[str, Any]:
+    """Flat numbers for machines, then rows for the page. Intervals are 95 %, clustered by word."""
+    assert isinstance(config.data, WordsConfig)
+    flat: dict[str, Any] = {}
+    for side, results in (("before", before), ("after", after)):
+        plain = results["T1.0"]
+        flat |= {f"word_accuracy_{side}": plain["word_accuracy"], f"ned_{side}": plain["ned"]}
+        flat |= {f"word_accuracy_{side}_best_temperature": best(results)[1], f"best_temperature_{side}": best(results)[0]}
+        flat |= {f"token_diversity_{side}": plain["token_diversity"]}
+        flat |= {f"second_judge_{side}": results["second_judge"]["word_accuracy"] if second else None}
+    heldout = build_prompts(config.data, config.seed, WORDS).heldout
+    return {
+        **flat,
+        "continued_pretraining": control["T1.0"]["word_accuracy"],
+        "continued_pretraining_best_temperature": best(control)[1],
+        "continued_pretraining_second_judge": control["second_judge"]["word_accuracy"] if second else None,
+        "heldout_words": len({prompt.text for prompt in heldout}),
+        "heldout_samples": WORDS * COPIES,
+        "train_seconds": trained["seconds"],
+        "train_cpu_seconds": trained["cpu_seconds"],
+        "reward_calls": trained["reward_calls"],
+        "images_per_second": trained["reward_calls"] / trained["seconds"],
+        "replay_gap_max": trained["replay_gap_max"],
+        "reward_engine": engine,
+        "second_judge_engine": second,
+        "seed": config.seed,
+        "commit": commit(),
+        "before": row(before["T1.0"]),
+        "after": row(after["T1.0"]),
+        "control": row(control["T1.0"]),
+        "temperature_sweep": [
+            {
+                "temperature": t,
+                "before": before[f"T{t}"]["word_accuracy"],
+                "after": after[f"T{t}"]["word_accuracy"],
+                "continued": control[f"T{t}"]["word_accuracy"],
+            }
+            for t in TEMPERATURES
+        ],
+    }
+
+
+def row(metrics: Mapping[str, float]) -> dict[str, Any]:
+    intervals = {f"{k}_interval": [metrics[k] - metrics[f"{k}_ci95"], metrics[k] + metrics[f"{k}_ci95"]] for k in ("word_accuracy", "ned")}
+    return {**{k: metrics[k] for k in ("word_accuracy", "ned", "token_diversity")}, **intervals}
+
+
+def commit() -> str | None:
+    """Of the checkout that VARL was installed from; None outside one."""
+    here = Path(__file__).parent
+    done = subprocess.run(
+        ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or None
+
+
+def write_atomic(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f"{file.name}.tmp")
+    beside.write_text(text)
+    beside.replace(file)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

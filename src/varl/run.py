@@ -1,0 +1,204 @@
+"""A post-training run, from config to run directory: resume, train, look, save."""
+
+import json
+import math
+import resource
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varl.algorithms.panw import panw_weights
+from varl.build import PromptSets, build_algorithm, build_judge, build_policy, build_prompts, build_sampler, needs_reference
+from varl.checkpoints import next_scale as next_scale_folder
+from varl.checkpoints import run_state
+from varl.config import RunConfig
+from varl.distributed import mesh
+from varl.eval.words import draw_sample, reading_metrics, token_diversity
+from varl.rng import Stream
+from varl.train.loop import Metrics, Progress, Trainer
+from varl.train.record import RunDirectory, save_picture
+from varl.types import Judge, Policy, TrainBatch
+
+Tick = Callable[[Metrics], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a run ended."""
+
+    reason: str
+    model: Path
+    """The trained model, as a model folder."""
+    done: bool
+    """False where it was asked to stop, and the same command goes on."""
+    progress: Progress
+
+
+def train(config: RunConfig, out: Path, tick: Tick = lambda metrics: None) -> Outcome:
+    """Trains until one of the config's stop conditions; goes on where it stopped if `out` holds a run of the same config. Under torchrun
+    every process calls it; the first one writes."""
+    world = mesh.join(config.train.device)
+    run = RunDirectory(out, config, writer=world.first)
+    judge, children = None, resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    try:
+        policy = build_policy(config, world.device, reference=needs_reference(config.algorithm))
+        algorithm = build_algorithm(config.algorithm, policy)
+        prompts = build_prompts(config.data, config.seed, config.eval.samples)
+        judge = build_judge(config)
+        trainer = Trainer(
+            config.train,
+            seed=config.seed,
+            policy=policy,
+            algorithm=algorithm,
+            judge=judge,
+            prompts=build_sampler(prompts.train, config, world.rank, world.size),
+            world=world,
+            failures=out / "failures",
+        )
+        checkpoints = out / "checkpoints"
+        restore(trainer, run, checkpoints)
+        watch = Watch(config, policy, judge, prompts, out, trainer)
+        if run.writer and trainer.progress.step == 0:
+            watch.show(0)
+
+        def after(metrics: Metrics) -> None:
+            step = trainer.progress.step
+            if run.writer:
+                metrics = {**metrics, **watch.after(step)}
+                run.write(step, metrics)
+                if step % config.train.save_every == 0:
+                    save(trainer, checkpoints, config.train.keep)
+            mesh.barrier()
+            tick(metrics)
+
+        reason = trainer.run(after)
+        judge.close()
+        # what the reader processes spent is known once they have ended
+        trainer.progress.cpu_seconds += resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - children
+        if run.writer:
+            run.event("stop", reason)
+            save(trainer, checkpoints, config.train.keep)
+            with trainer.ema.swapped(policy.module) if trainer.ema else nullcontext():
+                next_scale_folder.save(out / "model", policy.module, policy.tokenizer, notes(trainer, config))
+        return Outcome(reason=reason, model=out / "model", done=not trainer.stop_asked.is_set(), progress=trainer.progress)
+    finally:
+        if judge is not None:
+            judge.close()
+        run.close()
+        mesh.leave()
+
+
+# ---- saving and going on ----------------------------------------------------------------------------------------------------------------
+
+
+def save(trainer: Trainer, checkpoints: Path, keep: int) -> None:
+    """All that makes the rest of the run bit-identical to one that was never interrupted."""
+    tensors: dict[str, Any] = {"model": trainer.policy.module.state_dict(), "optimizer": trainer.optimizer.state_dict()}
+    if trainer.ema is not None:
+        tensors["ema"] = trainer.ema.state_dict()
+    controller = getattr(trainer.algorithm, "state_dict", dict)()
+    run_state.save(checkpoints, trainer.progress.step, tensors, {"progress": asdict(trainer.progress), "algorithm": controller}, keep)
+
+
+def restore(trainer: Trainer, run: RunDirectory, checkpoints: Path) -> None:
+    """Goes on from the newest whole checkpoint, if there is one; what was logged after it is cut off, for it will happen again."""
+    state = run_state.load_latest(checkpoints)
+    if state is not None:
+        trainer.policy.module.load_state_dict(state.tensors["model"])
+        trainer.optimizer.load_state_dict(state.tensors["optimizer"])
+        if trainer.ema is not None:
+            trainer.ema.load_state_dict(state.tensors["ema"])
+        trainer.progress = Progress(**state.extra["progress"])
+        if state.extra["algorithm"]:
+            trainer.algorithm.load_state_dict(state.extra["algorithm"])  # type: ignore[attr-defined]
+    run.truncate(trainer.progress.step)
+    if state is not None:
+        for name in state.refused:
+            run.event("checkpoint refused", name)
+        run.event("resume", f"from {state.path.name}")
+
+
+def notes(trainer: Trainer, config: RunConfig) -> dict[str, Any]:
+    return {"recipe": config.name, "base": config.model, "seed": config.seed, **asdict(trainer.progress)}
+
+
+# ---- looking ----------------------------------------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """Held-out evaluation and pictures at fixed prompts and seeds, while training goes on."""
+
+    def __init__(self, config: RunConfig, policy: Policy, judge: Judge, prompts: PromptSets, out: Path, trainer: Trainer) -> None:
+        self.config, self.policy, self.judge, self.prompts, self.out, self.trainer = config, policy, judge, prompts, out, trainer
+
+    def after(self, step: int) -> Metrics:
+        if self.config.train.image_every and step % self.config.train.image_every == 0:
+            self.show(step)
+        every = self.config.eval.every
+        return self.evaluate() if every and step % every == 0 else {}
+
+    def evaluate(self) -> Metrics:
+        c = self.config.eval
+        sample = draw_sample(self.policy, self.prompts.heldout, copies=2, seed=c.seed, batch=c.batch)
+        judgement = self.judge.submit(sample.images, sample.prompts).result()
+        parts = {name.rpartition("/")[2]: part for name, part in judgement.parts.items()}
+        reads = "word_accuracy" in parts
+        readings = reading_metrics(parts, 2) if reads else {"reward": float(judgement.value.nanmean())}
+        return {f"eval/{name}": value for name, value in {**readings, "token_diversity": token_diversity(sample.actions, 2)}.items()}
+
+    def show(self, step: int) -> None:
+        """One picture per fixed prompt, what was read in it, and the credit that the algorithm would give its tokens."""
+        fixed = list(self.prompts.fixed)
+        rng = Stream(seed=self.config.eval.seed, path=("show",), rows=tuple(range(len(fixed))))
+        pieces = list(self.trainer.algorithm.collect(self.policy, fixed, self.judge, rng, step))
+        folder = self.out / "pictures" / f"step-{step:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        ends = [0, *accumulate(h * w for h, w in self.policy.layout.grids)]
+        read: list[dict[str, Any]] = []
+        for piece in pieces:
+            group = len(piece) * len(pieces) // len(fixed)
+            first = piece.rows(range(0, len(piece), group))
+            for row, image in enumerate(self.policy.decode(first.rollout)):
+                save_picture(folder / f"{len(read):02d}.png", image)
+                read.append(told(first, row, ends))
+        (folder / "read.json").write_text(json.dumps(read))
+        self._index(step)
+
+    def _index(self, step: int) -> None:
+        file = self.out / "pictures" / "index.json"
+        steps = json.loads(file.read_text())["steps"] if file.exists() else []
+        grpo = getattr(self.config.algorithm, "grpo", self.config.algorithm)
+        sizes = [h * w for h, w in self.policy.layout.grids]
+        weights = panw_weights(torch.tensor([sizes], dtype=torch.float32), grpo.panw_alpha)[0].tolist()
+        index = {
+            "grids": self.policy.layout.grids,
+            "panw_alpha": grpo.panw_alpha,
+            "panw_weights": weights,
+            "prompts": [{"text": p.text, "words": p.words, "style": p.style} for p in self.prompts.fixed],
+            "steps": sorted({*(s for s in steps if s < step), step}),
+        }
+        file.write_text(json.dumps(index))
+
+
+def told(batch: TrainBatch, row: int, ends: Sequence[int]) -> dict[str, Any]:
+    """What read.json holds of one picture: reward, readings, and per grid the weight and advantage of each token."""
+    j = batch.judgement
+    value = float(j.value[row])
+    there = batch.advantage.shape[1]
+
+    def per_grid(values: Tensor) -> list[list[float]]:
+        return [[round(float(x), 4) for x in values[row, a:b]] for a, b in pairwise(ends) if b <= there]
+
+    found = j.found[row] if j.found is not None else ()
+    return {
+        "reward": None if math.isnan(value) else value,
+        "found": [{"text": f.text, "confidence": f.confidence, "box": f.box} for f in found],
+        "mask": per_grid((batch.weight > 0).float()),
+        "advantage": per_grid(batch.advantage),
+    }
