@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "data": "types config rng errors",
     "checkpoints": "config errors models tokenizers types settings",
     "distributed": "errors",
-    "train": "types config rng errors checkpoints distributed",
+    "train": "types config settings rng errors checkpoints distributed",
     "report": "errors",
     "eval": "types config rng errors checkpoints models tokenizers data rewards policies",
     "pretrain": "config rng errors models tokenizers types data checkpoints train policies eval",
@@ -89,7 +89,9 @@ def test_what_no_file_does(path):
             continue
         called = ast.unparse(node.func)
         if called == "torch.load":
-            safe = [kw for kw in node.keywords if kw.arg == "weights_only" and isinstance(kw.value, ast.Constant) and kw.value.value is True]
+            safe = [
+                kw for kw in node.keywords if kw.arg == "weights_only" and isinstance(kw.value, ast.Constant) and kw.value.value is True
+            ]
             assert safe, f"{path}:{node.lineno}: torch.load without weights_only=True"
         assert called != "print" or room_of(path) == "cli", f"{path}:{node.lineno}: prints"
         assert called not in ("eval", "exec"), f"{path}:{node.lineno}: {called}"
