@@ -258,7 +258,7 @@ class MultiScaleVQ(nn.Module):
         """[B, L, ...] into one piece per scale that is there."""
         return [ids[:, a:b] for a, b in pairwise((0, *self.ends)) if b <= ids.shape[1]]
 
-    def partial_sums(self, codes: Sequence[Float[Tensor, "B n C"]]) -> list[Float[Tensor, "B C h w"]]:
+    def partial_sums(self, codes: Sequence[Float[Tensor, "B _ C"]]) -> list[Float[Tensor, "B C h w"]]:
         """f_hat after each of the given scales."""
         return list(accumulate(self.quantize.contribution(c, scale) for scale, c in enumerate(codes)))
 
