@@ -1,0 +1,67 @@
+import subprocess
+import sys
+from collections.abc import Callable
+from inspect import getmodule, getsource
+
+import pytest
+
+from varl.config import PretrainConfig, RunConfig
+from varl.errors import ConfigError
+from varl.recipes import RECIPES, describe, recipe
+from varl.settings import from_yaml, to_yaml
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_loads_and_is_the_yaml_it_writes(name):
+    config = recipe(name)
+    assert isinstance(config, RunConfig | PretrainConfig)
+    assert from_yaml(to_yaml(config), type(config)) == config
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_says_in_a_line_what_it_is(name):
+    line = describe()[name]
+    assert line.endswith(".")
+    assert 20 < len(line) < 140
+
+
+def test_names_are_module_and_function():
+    assert {"grpo/words_cpu", "var_rl/words_cpu"} <= RECIPES.keys()
+    for name, function in RECIPES.items():
+        module, _, short = name.partition("/")
+        assert isinstance(function, Callable)
+        assert (getmodule(function).__name__, function.__name__) == (f"varl.recipes.{module}", short)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if isinstance(recipe(name), RunConfig)])
+def test_the_loss_is_written_down_and_not_left_to_defaults(name):
+    text = getsource(RECIPES[name])
+    assert "loss_type=" in text
+    assert "beta=" in text
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_is_named_after_its_recipe(name):
+    assert recipe(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("grpo/words_cp", "grpo/words_cpu"), ("var_lr/words_cpu", "var_rl/words_cpu"), ("var_rl.words_cpu", "var_rl/words_cpu")],
+)
+def test_an_unknown_name_is_answered_with_the_nearest_and_with_all(name, near):
+    with pytest.raises(ConfigError) as caught:
+        recipe(name)
+    assert str(caught.value).startswith(f"unknown recipe `{name}`. Did you mean `{near}`? Give one of these, or the path of a YAML file:\n")
+    for known, line in describe().items():
+        assert f"\n  {known}  {line}" in str(caught.value)
+
+
+def test_a_name_like_none_gets_no_hint():
+    with pytest.raises(ConfigError, match=r"^unknown recipe `zzz`. Give one of these"):
+        recipe("zzz")
+
+
+def test_recipes_come_without_torch():
+    code = "import sys, varl.recipes; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
