@@ -16,7 +16,7 @@ import torch
 from varl.build import build_prompts, model_path, with_law
 from varl.checkpoints import next_scale as model_folder
 from varl.checkpoints.folder import load_notes
-from varl.config import LawConfig, OCRConfig, RunConfig, WordsConfig
+from varl.config import LawConfig, OCRConfig, PretrainConfig, RunConfig, WordsConfig
 from varl.eval.words import Sample, draw_sample, reading_metrics, token_diversity
 from varl.policies.next_scale import NextScalePolicy
 from varl.pretrain.run import pretrain
@@ -66,7 +66,7 @@ def demo(out: Path, seed: int = 0, say: Say = log.info, tick: Tick = lambda metr
     say(f"3/4  control: the base trained on for the same CPU time ({trained['cpu_seconds']:.0f} s)")
     cpu = float(trained["cpu_seconds"])
     with threads(torch.get_num_threads() + 1):
-        on = pretrain(pretrain_recipes.continued(config.model, cpu, seed), out / "continued", tick)
+        on = pretrain(control_config(str(model_path(config.model)), cpu, seed), out / "continued", tick)
     control = evaluate(on, config, out / "eval" / "continued", engine, second)
     say("4/4  report")
     summary = summarise(config, before, after, control, trained, engine, second)
@@ -74,6 +74,15 @@ def demo(out: Path, seed: int = 0, say: Say = log.info, tick: Tick = lambda metr
     gallery(out)
     write_report(out, definitions=METRICS)
     return out
+
+
+def control_config(base: str, cpu_seconds: float, seed: int) -> PretrainConfig:
+    """The control of post-training: the base trained on, on its own pictures, for so much CPU time. Half the learning rate, then down to 0."""
+    words = pretrain_recipes.words_cpu()
+    optim = dataclasses.replace(words.optim, lr=words.optim.lr / 2, muon_lr=words.optim.muon_lr / 2)
+    return dataclasses.replace(
+        words, name="continued", optim=optim, init=base, max_cpu_seconds=cpu_seconds, steps=1_000_000, save_every=100, seed=seed + 1
+    )
 
 
 # ---- measuring --------------------------------------------------------------------------------------------------------------------------

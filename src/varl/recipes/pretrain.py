@@ -2,7 +2,7 @@
 
 from varl.config import NextScaleConfig, OptimConfig, PretrainConfig, TextConfig, TokenizerConfig, WordsConfig
 
-WORDS = WordsConfig(image_size=(16, 64), fonts=("sans", "mono"), palettes=("ink", "sea", "fire"), jitter=0)
+WORDS = WordsConfig(image_size=(16, 64), fonts=("sans", "serif", "mono"), palettes=("ink", "sea", "fire", "moss"), jitter=0)
 """One word of 3 to 5 letters; the prompt names face and colours."""
 
 
@@ -21,28 +21,11 @@ def words_cpu() -> PretrainConfig:
         name="pretrain/words_cpu",
         model=words_model(),
         data=WORDS,
-        pictures=6000,
-        tokenizer_steps=1500,
-        steps=4000,
+        pictures=3000,
+        tokenizer_steps=2000,
+        warmup_share=0.4,
+        steps=2200,
         batch=16,
         optim=OptimConfig(name="muon", lr=3e-3, schedule="linear", warmup_steps=10),
         save_every=250,
-    )
-
-
-def continued(base: str, cpu_seconds: float, seed: int) -> PretrainConfig:
-    """The control of post-training: the base trained on, on its own pictures, for so much CPU time. Half the learning rate, then down to 0."""
-    words = words_cpu()
-    return PretrainConfig(
-        name="pretrain/continued",
-        model=words.model,
-        data=words.data,
-        pictures=words.pictures,
-        steps=1_000_000,
-        batch=words.batch,
-        optim=OptimConfig(name="muon", lr=1.5e-3, muon_lr=0.01, schedule="linear", warmup_steps=10),
-        init=base,
-        max_cpu_seconds=cpu_seconds,
-        save_every=100,
-        seed=seed + 1,
     )
