@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,6 +86,7 @@ def test_ctc_by_hand():
     assert text == "AAB"
     assert confidence == pytest.approx(0.9)
     assert ctc(np.eye(3)[[0, 0]], ["", "a", "B"]) == ("", 0.0)
+    assert ctc(np.eye(3)[[2, 1, 2]], ["", "a", " "]) == ("A", 1.0)
 
 
 # ---- engines ----------------------------------------------------------------------------------------------------------------------------
@@ -114,6 +116,18 @@ def test_engines_read_each_region_at_its_box(engine):
 def test_engines_find_lines_where_no_box_is_known(engine):
     image, _ = render(["RED", "FOX"], "serif", "moss", (32, 64))
     assert [line.text for line in engine().read(image)] == ["RED", "FOX"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engines_see_the_space_between_words(engine):
+    image, prompt = render(["RED FOX"], "sans", "sea", (16, 96))
+    assert [line.text for line in engine().read(image, [prompt.regions[0].box])] == ["RED FOX"]
+
+
+@needs_tesseract
+def test_tesseract_finds_words_side_by_side():
+    image, _ = render(["WAVE", "CLAY", "YOYO", "TALL", "RELAX"], "serif", "fire", (64, 128))
+    assert [word.text for word in Tesseract().read(image)] == ["WAVE", "CLAY", "YOYO", "TALL", "RELAX"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -205,9 +219,10 @@ def texts(read):
 def alive(pid):
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+        state = Path(f"/proc/{pid}/stat")
+        return not state.parent.parent.exists() or state.read_text().rsplit(")", 1)[1].split()[0] != "Z"  # nobody may have reaped it yet
+    except (ProcessLookupError, FileNotFoundError):
         return False
-    return True
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -276,17 +291,26 @@ def test_workers_ignore_ctrl_c_and_end_with_the_pool(corner):
     assert not any(alive(pid) for pid in pids)
 
 
-def test_workers_end_when_their_parent_is_killed(corner):
-    code = (
-        f"import os, numpy as np; from varl.rewards.pool import ReaderPool; pool = ReaderPool('{corner}', workers=1, timeout=20.0); "
-        "pool.read(np.zeros((1, 4, 4, 3), np.uint8), [None]); print(*pool.pids, flush=True); os.kill(os.getpid(), 9)"
-    )
+def test_a_worker_that_hangs_ends_when_its_parent_is_killed(corner):
+    code = f"""
+import os, subprocess, sys
+from varl.rewards.worker import encode
+worker = subprocess.Popen([sys.executable, "-c", "from varl.rewards.worker import main; main()"], stdin=-1, stdout=-1)
+worker.stdin.write(encode(dict(engine="{corner}", letters="A")) + encode(dict(shape=[1, 1, 1, 3], boxes=[None])) + bytes([66, 66, 66]))
+worker.stdin.flush()
+worker.stdout.read(6)  # ready; from here on it hangs
+print(worker.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+    pid = int(parent.stdout.readline())
+    parent.wait()
+    parent.stdout.close()
     deadline = time.monotonic() + 10
-    while alive(int(done.stdout)) and time.monotonic() < deadline:
+    while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not alive(int(done.stdout))
+    assert not alive(pid)
 
 
 def test_an_engine_that_cannot_be_opened_is_an_error_not_a_failed_picture():

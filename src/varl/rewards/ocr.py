@@ -150,7 +150,7 @@ class Tesseract:
         self._one_line = tesserocr.PSM.SINGLE_LINE, tesserocr.RIL.TEXTLINE
         self._words = tesserocr.PSM.SINGLE_BLOCK, tesserocr.RIL.WORD
         self._api = tesserocr.PyTessBaseAPI(path=tessdata, psm=tesserocr.PSM.SINGLE_LINE, oem=tesserocr.OEM.LSTM_ONLY, variables=off)
-        self._api.SetVariable("tessedit_char_whitelist", letters)
+        self._api.SetVariable("tessedit_char_whitelist", letters + " ")
 
     def read(self, image: UInt8[np.ndarray, "H W 3"], boxes: Sequence[Box] | None = None) -> list[Reading]:
         height, width, _ = image.shape
@@ -213,7 +213,7 @@ class RapidOCR:
         self._session = onnxruntime.InferenceSession(str(models[-1]), options, providers=["CPUExecutionProvider"])
         self._input = self._session.get_inputs()[0].name
         signs = ["", *self._session.get_modelmeta().custom_metadata_map["character"].split("\n"), " "]
-        self._letters = ["", *dict.fromkeys(letters)]
+        self._letters = ["", *dict.fromkeys(letters + " ")]
         """Blank first: class 0 of CTC."""
         self._classes = [0, *(signs.index(letter) for letter in self._letters[1:])]
 
@@ -265,7 +265,7 @@ def ctc(law: Float[np.ndarray, "t V"], letters: Sequence[str]) -> tuple[str, flo
     kept = [t for t, c in enumerate(best) if c and (t == 0 or best[t - 1] != c)]
     if not kept:
         return "", 0.0
-    return "".join(letters[int(best[t])] for t in kept).upper(), float(law[kept, best[kept]].mean())
+    return " ".join("".join(letters[int(best[t])] for t in kept).upper().split()), float(law[kept, best[kept]].mean())
 
 
 # ---- which one --------------------------------------------------------------------------------------------------------------------------
