@@ -196,8 +196,8 @@ class Work:
                 used = len(flat.unique()) / config.model.tokenizer.vocab
 
             def metrics(loss=loss, error=error, used=used) -> dict[str, Any]:
-                psnr = 10 * math.log10(4 / max(float(error), 1e-12))
-                return {"stage": "tokenizer", "pretrain/loss": float(loss), "pretrain/psnr": psnr, "pretrain/code_usage": used}
+                psnr = 10 * math.log10(4 / max(float(error.detach()), 1e-12))
+                return {"stage": "tokenizer", "pretrain/loss": float(loss.detach()), "pretrain/psnr": psnr, "pretrain/code_usage": used}
 
             self._finish_step(metrics, step + 1 == config.tokenizer_steps)
         if self.codes is None and self.tokenizer_steps:
@@ -228,7 +228,7 @@ class Work:
 
             def metrics(loss=loss, norm=norm) -> dict[str, Any]:
                 held = self._heldout(held_ids, held_text)
-                return {"stage": "transformer", "pretrain/loss": float(loss), "grad_norm": float(norm), **held}
+                return {"stage": "transformer", "pretrain/loss": float(loss.detach()), "grad_norm": float(norm), **held}
 
             self._finish_step(metrics, self.done.step + 1 == total or self._spent())
 

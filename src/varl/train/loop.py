@@ -29,7 +29,8 @@ from varl.types import Algorithm, Judge, Policy, Prompt, Rollout, Score, TrainBa
 log = logging.getLogger("varl")
 
 REPLAY_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.1}
-"""Nats by which a log-prob may differ between sampling and the first training pass, per dtype of the forward pass."""
+"""Nats by which a log-prob may differ between sampling and the first training pass, per dtype of the forward pass; for log-probs beyond
+1 nat relative to the largest in the batch, for that is how rounding grows."""
 
 Metrics = dict[str, float]
 
@@ -53,7 +54,7 @@ class Progress:
     idle: int = 0
     """Updates in a row that taught nothing."""
     replay_gap_max: float = 0.0
-    """Largest log-prob difference that the replay gate has seen, nats."""
+    """Largest log-prob difference that the replay gate found before the first update, nats."""
 
 
 @dataclass(slots=True)
@@ -169,15 +170,16 @@ class Trainer:
 
     def _gate(self, metrics: Metrics, batch: TrainBatch) -> None:
         """Before the first update of a process: what the training pass computes must be what the sampler recorded."""
-        gap = metrics["sampling/sampling_logp_difference/max"]
-        self.progress.replay_gap_max = max(self.progress.replay_gap_max, gap)
         if self.gated:
             return
+        gap = metrics["sampling/sampling_logp_difference/max"]
+        self.progress.replay_gap_max = max(self.progress.replay_gap_max, gap)
         dtype = getattr(self.policy, "dtype", torch.float32)
-        if not gap <= REPLAY_TOLERANCE[dtype]:
+        allowed = REPLAY_TOLERANCE[dtype] * max(1.0, float(batch.rollout.logp.abs().max()))
+        if not gap <= allowed:
             raise NumericsError(
                 f"replay gate: log-probs recomputed for training differ from those recorded while sampling by up to {gap:.3g} nats "
-                f"(allowed in {dtype}: {REPLAY_TOLERANCE[dtype]:g}), so the policy that would be trained is not the one that drew the "
+                f"(allowed in {dtype}: {allowed:.1g}), so the policy that would be trained is not the one that drew the "
                 f"pictures. {self._suspect(batch)}"
             )
 

@@ -1,0 +1,32 @@
+# `make demo` and `make test` are all that a newcomer needs. SEED=2 changes the demo's seed, OUT=... its folder.
+SEED ?= 0
+OUT  ?= $(if $(filter 0,$(SEED)),runs/demo,runs/demo-$(SEED))
+# glibc gives freed memory back after every large tensor; keeping it saves a fifth of the CPU time of a training step.
+MEMORY = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
+
+.PHONY: demo test slow check format clean setup
+
+setup:
+	@scripts/setup.sh
+
+demo: setup
+	@$(MEMORY) .venv/bin/varl demo --out $(OUT) --seed $(SEED)
+
+test: setup
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/pytest -n 2
+
+slow: setup
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/pytest -m slow
+
+check: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv/bin/pytest -n 2
+
+format: setup
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean:
+	rm -rf .venv runs
