@@ -189,6 +189,15 @@ def test_kl_has_the_gradient_of_its_definition():
     torch.testing.assert_close(got, p * (rest - (p * rest).sum()), rtol=1e-5, atol=1e-6)
 
 
+def test_kl_of_filtered_laws_has_a_gradient():
+    logits, ref = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6)
+    both = [token_law(x, None, LawConfig(top_k=6), 1.0).masked_fill(torch.arange(6) > 3, -torch.inf).log_softmax(-1) for x in (logits, ref)]
+    short = [x[:, :4].log_softmax(-1) for x in (logits, ref)]
+    torch.testing.assert_close(analytic_kl(*both), analytic_kl(*short))
+    got, want = (torch.autograd.grad(analytic_kl(*laws).sum(), logits, retain_graph=True)[0] for laws in (both, short))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
 # ---- chunks
 
 

@@ -98,7 +98,7 @@ def _count(shapes: Shapes, pattern: str) -> int:
 
 def _expect(shapes: Shapes, names: Sequence[str], part: str, where: str) -> None:
     missing = [name for name in names if name not in shapes]
-    if missing or not shapes:
+    if missing:
         held = ", ".join(f"`{name}`" for name in [*shapes][:8]) or "nothing"
         more = f" and {len(shapes) - 8} more" if len(shapes) > 8 else ""
         raise CheckpointError(

@@ -68,7 +68,7 @@ def token_scores(logp: Float[Tensor, "*B V"], ids: Int[Tensor, "*B"]) -> tuple[F
 
 def analytic_kl(logp: Float[Tensor, "*B V"], ref_logp: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
     """KL(policy || reference) = sum_v p (log p - log q), nats; tokens of probability 0 count 0."""
-    return torch.where(logp > -torch.inf, logp.exp() * (logp - ref_logp), 0.0).sum(-1)
+    return (logp.exp() * torch.where(logp > -torch.inf, logp - ref_logp, 0.0)).sum(-1)
 
 
 def in_row_chunks(fn: Callable[[slice], tuple[Tensor, ...]], rows: int, elements_per_row: int) -> tuple[Tensor, ...]:
