@@ -80,13 +80,17 @@ def test_no_gradient_comes_out():
     assert not judge_now(brightness, images, PROMPTS).value.requires_grad
 
 
+SHORT_PART = Judgement(value=torch.zeros(3))
+SHORT_PART.parts["x"] = torch.zeros(1)
+
+
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
         (torch.zeros(2), r"value is \[2\], must be a tensor of shape \[3\]"),
         (torch.zeros(3, 1), r"value is \[3, 1\]"),
         (0.5, "value is float"),
-        (Judgement(value=torch.zeros(3), parts={"x": torch.zeros(1)}), r"parts\['x'\] is \[1\]"),
+        (SHORT_PART, r"parts\['x'\] is \[1\]"),
         (Judgement(value=torch.zeros(3), region_value=torch.zeros(3, 3)), r"region_value is \[3, 3\], must be a tensor of shape \[3, 2\]"),
     ],
 )

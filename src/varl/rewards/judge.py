@@ -20,16 +20,13 @@ log = logging.getLogger(__name__)
 def judge_now(fn: RewardFn, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt]) -> Judgement:
     """The reward's answer as a Judgement in fp32 on the CPU. A value that is not finite is a failed one: NaN, regions included."""
     answer = fn(images, prompts)
+    count = len(prompts)
+    _demand(fn, "value", answer.value if isinstance(answer, Judgement) else answer, (count,))
     judgement = answer if isinstance(answer, Judgement) else Judgement(value=answer)
-    expect: dict[str, tuple[int, ...]] = {"value": (len(prompts),), **{f"parts[{name!r}]": (len(prompts),) for name in judgement.parts}}
-    tensors = {"value": judgement.value, **{f"parts[{name!r}]": part for name, part in judgement.parts.items()}}
+    for name, part in judgement.parts.items():
+        _demand(fn, f"parts[{name!r}]", part, (count,))
     if judgement.region_value is not None:
-        expect["region_value"] = (len(prompts), max(len(prompt.regions) for prompt in prompts))
-        tensors["region_value"] = judgement.region_value
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or tensor.shape != expect[name]:
-            got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise RewardError(f"reward {fn!r}: {name} is {got}, must be a tensor of shape {list(expect[name])}: one number per picture.")
+        _demand(fn, "region_value", judgement.region_value, (count, max(len(prompt.regions) for prompt in prompts)))
     value = _plain(judgement.value)
     value = torch.where(value.isfinite(), value, torch.nan)
     region_value = judgement.region_value
@@ -42,6 +39,12 @@ def judge_now(fn: RewardFn, images: Float[Tensor, "B 3 H W"], prompts: Sequence[
         region_value=region_value,
         region_box=None if judgement.region_box is None else _plain(judgement.region_box),
     )
+
+
+def _demand(fn: RewardFn, name: str, value: Any, shape: tuple[int, ...]) -> None:
+    got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    if got != list(shape):
+        raise RewardError(f"reward {fn!r}: {name} is {got}, must be a tensor of shape {list(shape)}: one row per picture.")
 
 
 def _plain(tensor: Tensor) -> Tensor:
