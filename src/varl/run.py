@@ -1,10 +1,12 @@
 """A post-training run, from config to run directory: resume, train, look, save."""
 
+import copy
 import json
 import math
 import resource
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from concurrent.futures import Future
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -17,13 +19,16 @@ from varl.algorithms.panw import panw_weights
 from varl.build import PromptSets, build_algorithm, build_judge, build_policy, build_prompts, build_sampler, needs_reference
 from varl.checkpoints import next_scale as next_scale_folder
 from varl.checkpoints import run_state
+from varl.checkpoints.folder import write_bytes
 from varl.config import RunConfig
 from varl.distributed import mesh
+from varl.distributed.reduce import all_sum
+from varl.errors import ConfigError
 from varl.eval.words import draw_sample, reading_metrics, token_diversity
 from varl.rng import Stream
-from varl.train.loop import Metrics, Progress, Trainer
+from varl.train.loop import STOPPED, Metrics, Progress, Trainer
 from varl.train.record import RunDirectory, save_picture
-from varl.types import Judge, Policy, TrainBatch
+from varl.types import Judge, Judgement, Policy, Prompt, TrainBatch
 
 Tick = Callable[[Metrics], None]
 
@@ -43,14 +48,18 @@ class Outcome:
 def train(config: RunConfig, out: Path, tick: Tick = lambda metrics: None) -> Outcome:
     """Trains until one of the config's stop conditions; goes on where it stopped if `out` holds a run of the same config. Under torchrun
     every process calls it; the first one writes."""
-    world = mesh.join(config.train.device)
-    run = RunDirectory(out, config, writer=world.first)
-    judge, children = None, resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    try:
+    with ExitStack() as at_end:
+        world = mesh.join(config.train.device)
+        at_end.callback(mesh.leave)
+        prompts = build_prompts(config.data, config.seed, config.eval.samples)
+        check(config, prompts, world)
+        run = RunDirectory(out, config, writer=world.first)
+        at_end.callback(run.close)
         policy = build_policy(config, world.device, reference=needs_reference(config.algorithm))
         algorithm = build_algorithm(config.algorithm, policy)
-        prompts = build_prompts(config.data, config.seed, config.eval.samples)
+        children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         judge = build_judge(config)
+        at_end.callback(judge.close)
         trainer = Trainer(
             config.train,
             seed=config.seed,
@@ -80,18 +89,26 @@ def train(config: RunConfig, out: Path, tick: Tick = lambda metrics: None) -> Ou
         reason = trainer.run(after)
         judge.close()
         # what the reader processes spent is known once they have ended
-        trainer.progress.cpu_seconds += resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - children
+        trainer.progress.cpu_seconds += all_sum(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - children).item()
         if run.writer:
             run.event("stop", reason)
             save(trainer, checkpoints, config.train.keep)
             with trainer.ema.swapped(policy.module) if trainer.ema else nullcontext():
                 next_scale_folder.save(out / "model", policy.module, policy.tokenizer, notes(trainer, config))
-        return Outcome(reason=reason, model=out / "model", done=not trainer.stop_asked.is_set(), progress=trainer.progress)
-    finally:
-        if judge is not None:
-            judge.close()
-        run.close()
-        mesh.leave()
+        return Outcome(reason=reason, model=out / "model", done=reason != STOPPED, progress=trainer.progress)
+
+
+def check(config: RunConfig, prompts: PromptSets, world: mesh.World) -> None:
+    """What cannot work, said before any weight is loaded."""
+    if config.train.prompts_per_step < world.size:
+        raise ConfigError(
+            f"train.prompts_per_step={config.train.prompts_per_step}: {world.size} processes would share them, and a process without a "
+            f"prompt has nothing to do. Set it to {world.size} or more, or start fewer processes."
+        )
+    if config.eval.every and not prompts.heldout:
+        raise ConfigError(
+            f"eval.every={config.eval.every}, but the data holds no prompts for evaluation. Set data.heldout, or eval.every=0."
+        )
 
 
 # ---- saving and going on ----------------------------------------------------------------------------------------------------------------
@@ -156,18 +173,19 @@ class Watch:
         """One picture per fixed prompt, what was read in it, and the credit that the algorithm would give its tokens."""
         fixed = list(self.prompts.fixed)
         rng = Stream(seed=self.config.eval.seed, path=("show",), rows=tuple(range(len(fixed))))
-        pieces = list(self.trainer.algorithm.collect(self.policy, fixed, self.judge, rng, step))
+        algorithm = copy.deepcopy(self.trainer.algorithm)  # what it learns from these pictures is no part of the run
+        shown = Shown(self.judge)
+        pieces = list(algorithm.collect(self.policy, fixed, shown, rng, step))
+        pieces = [piece for piece in pieces if piece.stage == pieces[0].stage]
         folder = self.out / "pictures" / f"step-{step:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
         ends = [0, *accumulate(h * w for h, w in self.policy.layout.grids)]
+        group = sum(len(piece) for piece in pieces) // len(fixed)
         read: list[dict[str, Any]] = []
-        for piece in pieces:
-            group = len(piece) * len(pieces) // len(fixed)
-            first = piece.rows(range(0, len(piece), group))
-            for row, image in enumerate(self.policy.decode(first.rollout)):
-                save_picture(folder / f"{len(read):02d}.png", image)
-                read.append(told(first, row, ends))
-        (folder / "read.json").write_text(json.dumps(read))
+        for images, piece in zip(shown.images, pieces, strict=True):
+            for row in range(0, len(piece), group):
+                save_picture(folder / f"{len(read):02d}.png", images[row * len(images) // len(piece)])
+                read.append(told(piece, row, ends))
+        write_json(folder / "read.json", read)
         self._index(step)
 
     def _index(self, step: int) -> None:
@@ -183,7 +201,25 @@ class Watch:
             "prompts": [{"text": p.text, "words": p.words, "style": p.style} for p in self.prompts.fixed],
             "steps": sorted({*(s for s in steps if s < step), step}),
         }
-        file.write_text(json.dumps(index))
+        write_json(file, index)
+
+
+class Shown:
+    """A judge that keeps what it was shown."""
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge, self.images = judge, list[Tensor]()
+
+    def submit(self, images: Tensor, prompts: Sequence[Prompt]) -> Future[Judgement]:
+        self.images.append(images)
+        return self.judge.submit(images, prompts)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """`file` holds `value` from one moment to the next."""
+    beside = file.with_name(f"{file.name}.tmp")
+    write_bytes(beside, json.dumps(value).encode())
+    beside.replace(file)
 
 
 def told(batch: TrainBatch, row: int, ends: Sequence[int]) -> dict[str, Any]:

@@ -4,10 +4,13 @@ The gradient of a step is accumulated as a sum and divided once, at the end, by 
 it depends neither on the micro-batch nor on the number of ranks, and training can start on the first pictures while the last are judged."""
 
 import logging
+import resource
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from varl.config import TrainConfig
 from varl.distributed.mesh import World
-from varl.distributed.reduce import all_sum, sum_gradients
+from varl.distributed.reduce import all_sum, clip_gradients, gather_metrics, sum_gradients
 from varl.errors import NumericsError, RewardError
 from varl.rng import Stream
 from varl.train.ema import EMA
@@ -32,7 +35,10 @@ REPLAY_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.1}
 """Nats by which a log-prob may differ between sampling and the first training pass, per dtype of the forward pass; for log-probs beyond
 1 nat relative to the largest in the batch, for that is how rounding grows."""
 
-Metrics = dict[str, float]
+STOPPED = "asked to stop"
+"""Why a run ended that the same command goes on with."""
+
+Metrics = dict[str, Any]
 
 
 class Prompts(Protocol):
@@ -50,6 +56,7 @@ class Progress:
     seconds: float = 0.0
     """Wall clock inside updates, over all interruptions."""
     cpu_seconds: float = 0.0
+    """Of all processes, over all interruptions."""
     reward_calls: int = 0
     idle: int = 0
     """Updates in a row that taught nothing."""
@@ -108,46 +115,52 @@ class Trainer:
         rng = Stream(seed=self.seed, path=("rollout", step), rows=tuple(slots))
         timed = TimedPolicy(self.policy, clock)
         pieces: Iterable[TrainBatch] = self.algorithm.collect(timed, prompts, TimedJudge(self.judge, clock), rng, step)
-        tally = Tally()
+        tally, norms = Tally(), []
         for iteration in range(self.algorithm.num_iterations):
             kept = []
             self.optimizer.zero_grad(set_to_none=True)
             size = torch.zeros(())
             for piece in pieces:
                 kept.append(piece)
+                if iteration == 0:
+                    tally.add_piece(piece)
                 for part in piece.split(config.rollouts_per_backward):
                     with clock.phase("train"):
                         objective, metrics = self.algorithm.objective(self.policy, part)
-                        if iteration == 0:
+                        if iteration == 0 and not self.gated:
                             self._gate(metrics, part)
-                        self._refuse_nonfinite(objective, part, "loss")
+                        self._refuse_nonfinite(objective, [part], "loss")
                         (-objective).backward()
                     size += part.size.sum().cpu()
-                    tally.add_objective(part, objective.detach(), metrics)
-                if iteration == 0:
-                    tally.add_rollouts(piece)
-            self._check_failures(tally)
+                    tally.add_objective(part, float(objective.detach()), metrics)
+            if iteration == 0:
+                self._check_failures(tally)
             with clock.phase("optimizer"):
-                norm = self._step(size, kept)
+                norms.append(self._step(size, kept))
             pieces = kept
         self.gated = True
-        tally.norms.append(norm)
-        taught = all_sum(torch.tensor(float(tally.taught))).item() > 0
-        p = self.progress
-        p.step, p.idle = step + 1, 0 if taught else p.idle + 1
         elapsed = time.perf_counter() - start
-        p.seconds += elapsed
-        p.cpu_seconds += time.process_time() - cpu
-        p.reward_calls += int(all_sum(torch.tensor(float(tally.judged))).item())
+        tally.totals |= {"seconds": elapsed / self.world.size, "cpu_seconds": time.process_time() - cpu}
+        total = tally.over_ranks()
+        p = self.progress
+        p.step = step + 1
+        p.idle = 0 if total["taught"] and max(norms) > 0 else p.idle + 1
+        p.seconds += total["seconds"]
+        p.cpu_seconds += total["cpu_seconds"]
+        p.reward_calls += int(total["judged"])
         return {
             "step": p.step,
+            "stage": tally.stage,
             "lr": config.optim.lr * factor,
-            **tally.metrics(),
-            "grad_norm": norm,
+            "loss": total["loss"] / max(total["size"], 1.0),
+            "grad_norm": norms[-1],
+            **tally.means(),
+            "tokens_trained": int(total["tokens"]),
+            "reward_calls": p.reward_calls,
             **{f"seconds/{name}": seconds for name, seconds in clock.phases.items()},
             "seconds/total": elapsed,
-            "images_per_second": tally.judged * self.world.size / elapsed,
-            "reward_calls": p.reward_calls,
+            "images_per_second": total["judged"] / elapsed,
+            "memory_gb": memory_gb(self.world.device),
         }
 
     def _step(self, size: Tensor, kept: Sequence[TrainBatch]) -> float:
@@ -158,9 +171,8 @@ class Trainer:
             for p in self.parameters:
                 if p.grad is not None:
                     p.grad.div_(total.to(p.grad.device))
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optim.max_grad_norm)
-        for batch in kept[:1]:
-            self._refuse_nonfinite(norm, batch, "gradient")
+        norm = clip_gradients(self.parameters, self.config.optim.max_grad_norm)
+        self._refuse_nonfinite(norm, kept, "gradient")
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.policy.module)
@@ -170,8 +182,6 @@ class Trainer:
 
     def _gate(self, metrics: Metrics, batch: TrainBatch) -> None:
         """Before the first update of a process: what the training pass computes must be what the sampler recorded."""
-        if self.gated:
-            return
         gap = metrics["sampling/sampling_logp_difference/max"]
         self.progress.replay_gap_max = max(self.progress.replay_gap_max, gap)
         dtype = getattr(self.policy, "dtype", torch.float32)
@@ -186,42 +196,61 @@ class Trainer:
     @torch.no_grad()
     def _suspect(self, batch: TrainBatch) -> str:
         """Which switch differs, found by trying."""
-        rollout = batch.rollout
-        on = [name for name, module in self.policy.module.named_modules() if module.training]
-        if on:
-            return f"The model is in training mode (`{on[0] or 'root'}`): dropout or drop-path is on. Call eval()."
-        score = self.policy.score(rollout).logp
-        if rollout.sample_logp is not None and (score - rollout.sample_logp).abs().max() < (score - rollout.logp).abs().max() / 10:
-            return "The recomputed values are those of the sample law: guidance, temperature or filter differ. Set score_law right."
-        again = self.policy.score(rollout).logp
-        if not torch.equal(score, again):
+        rollout, module = batch.rollout, self.policy.module
+
+        def gap(a: Tensor, b: Tensor) -> float:
+            return float((a - b).abs().max())
+
+        def scores() -> tuple[Tensor, Tensor]:
+            return self.policy.score(rollout).logp, self.policy.score(rollout).logp
+
+        score, again = scores()
+        on = [name for name, part in module.named_modules() if part.training]
+        module.eval()
+        calm, calm_again = scores()
+        for name in on:
+            module.get_submodule(name).training = True
+        if on and (gap(score, again) > gap(calm, calm_again) or gap(calm, rollout.logp) < gap(score, rollout.logp) / 10):
+            return f"The model is in training mode (`{on[-1] or 'root'}`): dropout or drop-path is on. Call eval()."
+        if gap(score, again) > 0:
             return "Scoring the same rollout twice gives two results: something in the model draws random numbers while scoring."
+        if rollout.sample_logp is not None:
+            if gap(score, rollout.sample_logp) < gap(score, rollout.logp) / 10:
+                return "The recomputed values are those of the sample law: guidance, temperature or filter differ. Set score_law right."
+            if torch.equal(rollout.logp, rollout.sample_logp):
+                return "The recorded values are those of the sample law: guidance, temperature or filter differ. Record the score law's."
         worst = int((score - rollout.logp).abs().amax(0).argmax())
         step = int(rollout.step[0, worst])
-        return f"The largest difference is at token {worst} (step {step}): check the cache, the mask and the alignment of inputs there."
+        return (
+            f"The largest difference is at token {worst} (step {step}): check the cache, the mask and the alignment of inputs there, and "
+            "that sampler and training pass know the same law (guidance, temperature, filter)."
+        )
 
-    def _refuse_nonfinite(self, value: Tensor, batch: TrainBatch, what: str) -> None:
+    def _refuse_nonfinite(self, value: Tensor, batches: Sequence[TrainBatch], what: str) -> None:
         if torch.isfinite(value):
             return
         self.failures.mkdir(parents=True, exist_ok=True)
-        file = self.failures / f"step-{self.progress.step + 1:06d}.safetensors"
-        rollout = batch.rollout
+        file = self.failures / f"step-{self.progress.step + 1:06d}-rank-{self.world.rank}.safetensors"
         parts = {
-            "actions": rollout.actions,
-            "logp": rollout.logp,
-            "advantage": batch.advantage,
-            "weight": batch.weight,
-            "value": batch.judgement.value,
-            "index": rollout.index,
+            f"{i}/{name}": tensor.detach().cpu().contiguous().clone()
+            for i, batch in enumerate(batches)
+            for name, tensor in {
+                "actions": batch.rollout.actions,
+                "logp": batch.rollout.logp,
+                "index": batch.rollout.index,
+                "advantage": batch.advantage,
+                "weight": batch.weight,
+                "value": batch.judgement.value,
+            }.items()
         }
-        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in parts.items()}, file)
+        save_file(parts, file)
         raise NumericsError(
             f"step {self.progress.step + 1}: the {what} is {float(value)}. The batch is saved in {file}, the last checkpoint is whole. "
             "Lower train.optim.lr, or look at the batch's advantages and log-probs."
         )
 
     def _check_failures(self, tally: "Tally") -> None:
-        failed, judged = (all_sum(torch.tensor(float(n))).item() for n in (tally.failed, tally.judged))
+        failed, judged = (all_sum(tally.totals[name]).item() for name in ("failed", "judged"))
         if judged and failed / judged > self.config.max_failed_rewards:
             raise RewardError(
                 f"step {self.progress.step + 1}: {failed:.0f} of {judged:.0f} rewards failed (allowed share: "
@@ -231,7 +260,7 @@ class Trainer:
     # -- the run -----------------------------------------------------------------------------------------------------------------------
 
     def finished(self) -> str | None:
-        """Why the run is over; None while it goes on."""
+        """Why the run is over; None while it goes on. The same on every rank, and every rank must ask."""
         p, c = self.progress, self.config
         if p.step >= c.steps:
             return f"all {c.steps} steps done"
@@ -239,11 +268,11 @@ class Trainer:
             return f"train.max_seconds={c.max_seconds:g} reached after {p.step} steps"
         if p.idle >= c.idle_steps:
             return (
-                f"nothing to learn: for {p.idle} steps in a row every advantage was 0. The reward is constant inside each group "
-                "(solved, or out of reach). Mix in a denser reward, or sample harder prompts."
+                f"nothing to learn: for {p.idle} steps in a row every advantage, or the gradient, was 0. The reward is constant inside "
+                "each group (solved, or out of reach). Mix in a denser reward, or sample harder prompts."
             )
-        if self.stop_asked.is_set():
-            return "asked to stop"
+        if all_sum(float(self.stop_asked.is_set())) > 0:
+            return STOPPED
         return None
 
     def run(self, after: Callable[[Metrics], None]) -> str:
@@ -328,44 +357,55 @@ class TimedFuture:
             return self._future.result()
 
 
-@dataclass(slots=True)
 class Tally:
-    """Sums over the pieces of one step, and the means that are reported."""
+    """What one step adds up, piece by piece."""
 
-    sums: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, float] = field(default_factory=dict)
-    maxima: dict[str, float] = field(default_factory=dict)
-    norms: list[float] = field(default_factory=list)
-    loss: float = 0.0
-    size: float = 0.0
-    judged: int = 0
-    failed: int = 0
-    taught: int = 0
-    tokens: int = 0
-    stage: str = "all"
+    def __init__(self) -> None:
+        self.totals = dict.fromkeys(("judged", "failed", "taught", "tokens", "loss", "size"), 0.0)
+        self.stage = "all"
+        self._pictures = 0
+        self._sums: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
+        """Of each metric: value times rows, and rows."""
+        self._maxima: Metrics = {}
 
-    def _add(self, metrics: Metrics, weight: float) -> None:
+    def add_piece(self, piece: TrainBatch) -> None:
+        """Once for each piece that was collected."""
+        judged = piece.metrics.get("judged", len(piece))
+        self.stage = piece.stage
+        self._pictures += len(piece)
+        self.totals["judged"] += judged
+        self.totals["failed"] += round(piece.metrics.get("reward_failed", 0.0) * judged)
+        self.totals["taught"] += int((piece.advantage * piece.weight).abs().amax(1).gt(0).sum())
+        self.totals["tokens"] += int((piece.kl_weight > 0).sum())
+        self._add({**piece.metrics, "advantage_abs_mean": float(piece.advantage.abs().mean())}, len(piece))
+
+    def add_objective(self, part: TrainBatch, objective: float, metrics: Metrics) -> None:
+        """Once for each pass over a part of a piece."""
+        self.totals["loss"] -= objective
+        self.totals["size"] += float(part.size.sum())
+        self._add(metrics, len(part))
+
+    def _add(self, metrics: Mapping[str, float], rows: int) -> None:
         for name, value in metrics.items():
             if name.endswith("/max"):
-                self.maxima[name] = max(self.maxima.get(name, value), value)
-            else:
-                self.sums[name] = self.sums.get(name, 0.0) + value * weight
-                self.counts[name] = self.counts.get(name, 0.0) + weight
+                self._maxima[name] = max(self._maxima.get(name, value), value)
+            elif name != "judged":
+                total, count = self._sums[name]
+                self._sums[name] = total + value * rows, count + rows
 
-    def add_objective(self, part: TrainBatch, objective: Tensor, metrics: Metrics) -> None:
-        self._add(metrics, len(part))
-        self.loss -= float(objective)
-        self.size += float(part.size.sum())
-        self.tokens += int((part.kl_weight > 0).sum())
+    def over_ranks(self) -> dict[str, float]:
+        """The totals of all ranks."""
+        return dict(zip(self.totals, all_sum(torch.tensor(list(self.totals.values()), dtype=torch.float64)).tolist(), strict=True))
 
-    def add_rollouts(self, piece: TrainBatch) -> None:
-        self._add(dict(piece.metrics), len(piece))
-        self.judged += int(piece.metrics.get("judged", len(piece)))
-        self.failed += round(piece.metrics.get("reward_failed", 0.0) * piece.metrics.get("judged", len(piece)))
-        self.taught += int((piece.advantage * piece.weight).abs().amax(1).gt(0).sum())
-        self.stage = piece.stage
-        self._add({"advantage_abs_mean": float(piece.advantage.abs().mean())}, len(piece))
+    def means(self) -> Metrics:
+        """Means over rows, and maxima, of all ranks."""
+        here = {name: total / count for name, (total, count) in self._sums.items()}
+        return gather_metrics({**here, **self._maxima}, self._pictures)
 
-    def metrics(self) -> Metrics:
-        means = {name: self.sums[name] / self.counts[name] for name in self.sums if name != "judged"}
-        return {**means, **self.maxima, "loss": self.loss / max(self.size, 1.0), "tokens_trained": self.tokens, "stage": self.stage}  # type: ignore[dict-item]
+
+def memory_gb(device: torch.device) -> float:
+    """Largest memory held so far, 10^9 bytes: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held * (1 if sys.platform == "darwin" else 1024) / 1e9
