@@ -1,0 +1,442 @@
+"""The command line. torch is imported by the commands that need it, so that `varl --help` answers at once."""
+
+import json
+import logging
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self, TypeVar
+
+import typer
+import yaml
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from varl.config import LawConfig, PretrainConfig, RunConfig
+from varl.errors import ConfigError, VarlError
+from varl.recipes import describe, recipe
+from varl.settings import from_yaml, override
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Reinforcement-learning post-training for visual autoregressive image generators.",
+)
+out_console, err_console = Console(), Console(stderr=True)
+
+Config = TypeVar("Config", RunConfig, PretrainConfig)
+FAILED, REFUSED = 1, 2
+"""Exit status: a check that failed; something that cannot be done as asked."""
+LINE_EVERY = 10.0
+"""Seconds between lines of progress where there is no terminal for a bar."""
+RECIPES_HELP = "Recipes:\n\n" + "\n\n".join(f"{name}  {line}" for name, line in describe().items())
+
+Target = Annotated[
+    str, typer.Argument(metavar="RECIPE|CONFIG.YAML", help="A recipe's name, or a YAML file like a run directory's config.yaml.")
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a setting, e.g. train.steps=10. May be repeated.")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Run directory; runs/NAME if not given.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only what came out.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Ends in SystemExit: 0, 1 for a failed check, 2 for what cannot be done as asked, with its reason on stderr."""
+    try:
+        app(args=arguments)
+    except VarlError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(REFUSED)
+
+
+# ---- what is asked ----------------------------------------------------------------------------------------------------------------------
+
+
+def load(target: str, assignments: Sequence[str]) -> RunConfig | PretrainConfig:
+    """The config of a recipe or of a YAML file, with its assignments. A file whose `model` is a mapping describes a pre-training."""
+    if Path(target).suffix not in (".yaml", ".yml"):
+        return override(recipe(target), assignments)
+    if not Path(target).is_file():
+        raise ConfigError(f"there is no file {target}. Give a YAML file, or the name of a recipe: {', '.join(describe())}.")
+    text = Path(target).read_text(encoding="utf-8")
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError:
+        tree = None  # from_yaml says what is wrong with it
+    fresh = isinstance(tree, dict) and isinstance(tree.get("model"), dict)
+    return override(from_yaml(text, PretrainConfig if fresh else RunConfig), assignments)
+
+
+def load_as(target: str, assignments: Sequence[str] | None, cls: type[Config], other: str) -> Config:
+    config = load(target, assignments or ())
+    if not isinstance(config, cls):
+        raise ConfigError(f"{target} is for `varl {other}`: it holds a {type(config).__name__}, and this command needs a {cls.__name__}.")
+    return config
+
+
+def run_folder(out: Path | None, name: str) -> Path:
+    """Where the run shall lie."""
+    from varl.doctor import writable
+
+    folder = out or Path("runs") / name
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out {folder}: is a file. Give a folder, new or of a run to go on.")
+    finding = writable(folder)
+    if finding.verdict != "ok":
+        raise ConfigError(f"--out {folder}: {finding.text}. Give a folder of yours.")
+    return folder
+
+
+def command_line(verb: str, target: str, assignments: Sequence[str] | None, out: Path, extra: Sequence[str] = ()) -> str:
+    """The command that makes the same run again, quoted for a shell; under torchrun with as many processes."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    start = ["varl"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes), "-m", "varl.cli"]
+    changed = [part for assignment in assignments or () for part in ("--set", assignment)]
+    return shlex.join([*start, verb, target, *changed, "--out", str(out), *extra])
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """All that stands in the way, at once."""
+    if len(problems) == 1:
+        raise ConfigError(problems[0])
+    if problems:
+        raise ConfigError(f"{len(problems)} things stand in the way:" + "".join(f"\n- {problem}" for problem in problems))
+
+
+def numbers(text: str, name: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{name} {text!r}: must be numbers with commas between them, for example 1.0,0.8.") from None
+
+
+# ---- progress ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Bar:
+    """One live line: step of total, what was measured, ETA. Without a terminal, a plain line now and then; without `shown`, nothing."""
+
+    def __init__(self, total: int | None, says: Callable[[Mapping[str, Any]], str], *, shown: bool) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+        )
+        self.progress = Progress(*columns, TextColumn("{task.fields[says]}"), console=err_console, disable=not shown)
+        self.total, self.says, self.shown, self.task, self.last = total, says, shown, None, 0.0
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def tick(self, metrics: Mapping[str, Any]) -> None:
+        step, says = int(metrics["step"]), self.says(metrics)
+        if self.task is None:  # a resumed run starts in the middle, which must not look like speed
+            self.task = self.progress.add_task("step", total=self.total, completed=step, says=says)
+        self.progress.update(self.task, completed=step, says=says)
+        if self.shown and not err_console.is_terminal and time.monotonic() - self.last > LINE_EVERY:
+            self.last = time.monotonic()
+            typer.echo(f"step {step}{f'/{self.total}' if self.total else ''}  {says}", err=True)
+
+
+def training_line(metrics: Mapping[str, Any]) -> str:
+    """reward, words read, pictures a second, and where the step's time went."""
+    parts = [f"reward {metrics['reward']:.3f}"] if isinstance(metrics.get("reward"), float) else []
+    read = [value for name, value in metrics.items() if name.startswith("rewards/") and name.endswith("word_accuracy/mean")]
+    parts += [f"words {read[0]:.0%}"] if read else []
+    parts += [f"{metrics['images_per_second']:.1f} images/s"] if "images_per_second" in metrics else []
+    total = metrics.get("seconds/total")
+    if total:
+        phases = {"rollout": "rollout", "decode": "decode", "reward_wait": "reward", "train": "train"}
+        parts.append(" ".join(f"{said} {metrics.get(f'seconds/{name}', 0.0) / total:.0%}" for name, said in phases.items()))
+    return "  ".join(parts)
+
+
+def measured_line(metrics: Mapping[str, Any]) -> str:
+    """Every number of the step, by its last name."""
+    found = {name.rpartition("/")[2]: value for name, value in metrics.items() if name != "step" and isinstance(value, int | float)}
+    return "  ".join(f"{name} {value:.3g}" for name, value in found.items())
+
+
+def first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def speak(quiet: bool) -> None:
+    """What the library logs goes to stderr, above the bar."""
+    logger = logging.getLogger("varl")
+    logger.handlers[:] = [RichHandler(console=err_console, show_time=False, show_level=False, show_path=False)]
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+# ---- commands ---------------------------------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog=RECIPES_HELP)
+def train(
+    target: Target,
+    assignments: Set = None,
+    out: Out = None,
+    quiet: Quiet = False,
+    probe: Annotated[Path | None, typer.Option("--probe", help="A probe.json to hold the settings against.")] = None,
+) -> None:
+    """Post-train a model. Goes on where it stopped if the run directory exists; Ctrl-C saves and stops."""
+    config = load_as(target, assignments, RunConfig, "pretrain")
+    quiet = quiet or not first_process()
+    speak(quiet)
+    from varl.plan import plan
+
+    folder = run_folder(out, config.name)
+    refuse(plan(config, calibrate=False).problems)
+    warn_against_probes(config, folder, probe)
+    from varl.run import train as run
+
+    command = command_line("train", target, assignments, folder, ["--probe", str(probe)] if probe else [])
+    with Bar(config.train.steps, training_line, shown=not quiet) as bar:
+
+        def tick(metrics: Mapping[str, Any]) -> None:
+            if bar.task is None and first_process():  # by now the directory is known to be this run's
+                (folder / "command.txt").write_text(f"{command}\n")
+            bar.tick(metrics)
+
+        outcome = run(config, folder, tick)
+    if not first_process():
+        return
+    typer.echo(f"{outcome.reason}; {outcome.progress.step} steps, {outcome.progress.reward_calls} pictures judged")
+    typer.echo(f"model   {outcome.model}")
+    typer.echo(f"report  {make_report(folder)}")
+    if not outcome.done:
+        typer.echo(f"To go on: {command}")
+
+
+def warn_against_probes(config: RunConfig, folder: Path, given: Path | None) -> None:
+    """What a probe of the same model, given or beside the run, has found against the settings."""
+    from varl.probe import contradictions
+
+    if given is not None and not given.is_file():
+        raise ConfigError(f"--probe {given}: there is no such file. Make one with `varl probe`.")
+    files = (
+        [given] if given else sorted({*folder.glob("probe.json"), *folder.parent.glob("probe.json"), *folder.parent.glob("*/probe.json")})
+    )
+    for file in files:
+        try:
+            said = contradictions(config, json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"{file}: is not what `varl probe` writes ({error!r}). Remove it, or probe again.") from None
+        for line in said if first_process() else ():
+            typer.echo(f"warning: {line} ({file})", err=True)
+
+
+def make_report(folder: Path) -> Path:
+    from varl.report import write_report
+    from varl.train.record import METRICS
+
+    return write_report(folder, definitions=METRICS)
+
+
+@app.command(epilog=RECIPES_HELP)
+def pretrain(target: Target, assignments: Set = None, out: Out = None, quiet: Quiet = False) -> None:
+    """Train a base model from scratch: tokenizer, then transformer. Goes on where it stopped."""
+    config = load_as(target, assignments, PretrainConfig, "train")
+    speak(quiet)
+    from varl.plan import plan
+
+    folder = run_folder(out, config.name)
+    refuse(plan(config, calibrate=False).problems)
+    from varl.pretrain.run import pretrain as run
+
+    command = command_line("pretrain", target, assignments, folder)
+    with Bar((0 if config.init else config.tokenizer_steps) + config.steps, measured_line, shown=not quiet) as bar:
+
+        def tick(metrics: Mapping[str, Any]) -> None:
+            if bar.task is None:
+                (folder / "command.txt").write_text(f"{command}\n")
+            bar.tick(metrics)
+
+        typer.echo(f"model   {run(config, folder, tick)}")
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a run directory, or bundled:words.")],
+    out: Annotated[Path, typer.Option("--out", help="The PNG.")],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Text; | separates regions. May be repeated.")] = None,
+    label: Annotated[list[int] | None, typer.Option("--label", help="Class, for a model of classes. May be repeated.")] = None,
+    prompts: Annotated[Path | None, typer.Option("--prompts", help="A folder with prompts.jsonl.")] = None,
+    style: Annotated[str, typer.Option("--style", help="Attributes for every --prompt, e.g. mono,sea.")] = "",
+    copies: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt.")] = 16,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    cfg: Annotated[str, typer.Option(help="Guidance, one number or one for each scale, with commas; 1 is none.")] = "1.0",
+) -> None:
+    """Draw pictures into one PNG."""
+    law = LawConfig(cfg_scale=numbers(cfg, "--cfg"), temperature=temperature, top_k=top_k, top_p=top_p)
+    if not (prompt or label or prompts):
+        raise ConfigError("nothing to draw: give --prompt, --label or --prompts.")
+    from varl.data.folder import read_folder
+    from varl.sample import draw_grid, find_model, load_policy, text_prompt
+    from varl.types import Prompt
+
+    asked = [text_prompt(text, [name for name in style.split(",") if name]) for text in prompt or ()]
+    asked += [Prompt(label=number) for number in label or ()] + (read_folder(prompts) if prompts else [])
+    draw_grid(load_policy(find_model(model), law), asked, copies, seed, out)
+    typer.echo(str(out))
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="A run directory, whose held-out prompts are used, or a model folder.")
+    ],
+    samples: Annotated[int, typer.Option(min=2, help="Held-out prompts; two pictures of each.")] = 128,
+    temperatures: Annotated[str, typer.Option(help="With commas.")] = "1.0",
+    judges: Annotated[str, typer.Option(help="tesseract, rapidocr or auto, with commas.")] = "auto",
+    seed: int = 1234,
+    out: Annotated[Path | None, typer.Option("--out", help="The JSON; RUN/eval.json or eval.json here if not given.")] = None,
+) -> None:
+    """Can the words be read? A row for each temperature and judge, with 95% intervals."""
+    levels, readers = numbers(temperatures, "--temperatures"), [name.strip() for name in judges.split(",")]
+    unknown = [name for name in readers if name not in ("auto", "tesseract", "rapidocr")]
+    if unknown:
+        raise ConfigError(f"--judges {judges!r}: unknown {', '.join(unknown)}. Use tesseract, rapidocr or auto.")
+    from varl.build import build_prompts
+    from varl.sample import evaluate as measure
+    from varl.sample import find_model, load_policy, words_of
+
+    path = find_model(target)
+    run = path.parent if path == Path(target) / "model" else None
+    policy = load_policy(path)
+    data = from_yaml((run / "config.yaml").read_text(encoding="utf-8")).data if run else words_of(policy.module.config)
+    heldout = build_prompts(data, 0, samples).heldout
+    if not heldout:
+        raise ConfigError(f"{target}: its data has no held-out prompts. Set data.heldout to a folder with prompts.jsonl.")
+    rows = measure(policy, heldout, temperatures=levels, judges=readers, seed=seed)
+    file = out or (run or Path()) / "eval.json"
+    file.write_text(json.dumps({"model": str(path), "prompts": len(heldout), "seed": seed, "rows": rows}, indent=2))
+    table = Table("temperature", "judge", "word accuracy", "similarity", "failed", "diversity")
+    for row in rows:
+        accuracy, ned = (f"{row[name]:.3f} ± {row[f'{name}_ci95']:.3f}" for name in ("word_accuracy", "ned"))
+        table.add_row(f"{row['temperature']:g}", row["judge"], accuracy, ned, f"{row['failed']:.1%}", f"{row['token_diversity']:.2f}")
+    out_console.print(table)
+    typer.echo(str(file))
+
+
+@app.command()
+def report(run: Path) -> None:
+    """One self-contained HTML page about a run."""
+    typer.echo(str(make_report(run)))
+
+
+@app.command()
+def compare(runs: list[Path]) -> None:
+    """Runs side by side: what came out, what was set differently, and whether the comparison is fair."""
+    from varl.report import compare as page
+    from varl.report import compare_text
+
+    typer.echo(compare_text(runs), nl=False)
+    typer.echo(str(page(runs)))
+
+
+@app.command("plan", epilog=RECIPES_HELP)
+def show_plan(target: Target, assignments: Set = None) -> None:
+    """What a run will cost and what is missing, before any weight is loaded. Exit status 2 if something is."""
+    config = load(target, assignments or ())
+    from varl.plan import format_plan, plan
+
+    found = plan(config)
+    typer.echo(format_plan(found))
+    if found.problems:
+        raise typer.Exit(REFUSED)
+
+
+@app.command(epilog=RECIPES_HELP)
+def probe(
+    target: Target,
+    assignments: Set = None,
+    out: Out = None,
+    minutes: Annotated[float, typer.Option(min=0, help="How long to measure.")] = 3.0,
+    quiet: Quiet = False,
+) -> None:
+    """Measure, on your own model and reward, what decides a run; recommend PANW's alpha, m, K and the group size."""
+    config = load_as(target, assignments, RunConfig, "pretrain")
+    speak(quiet)
+    from varl.plan import plan
+    from varl.probe import probe as measure
+
+    folder = run_folder(out, config.name)
+    refuse(plan(config, calibrate=False).problems)
+    with Bar(round(60 * minutes), measured_line, shown=not quiet) as bar:
+        found = measure(config, folder, minutes=minutes, tick=lambda metrics: bar.tick({"step": metrics["seconds"], **metrics}))
+    for line in found["recommendations"]:
+        typer.echo(f"- {line}")
+    typer.echo(str(folder / "probe.json"))
+
+
+@app.command()
+def doctor(out: Annotated[Path, typer.Option("--out", help="Where runs shall lie.")] = Path("runs")) -> None:
+    """Is this machine ready? A line for each thing that a run needs; exit status 1 if one fails."""
+    from varl.doctor import examine
+
+    failed = False
+    for finding in examine(out):
+        typer.echo(str(finding))
+        failed |= finding.verdict == "fail"
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def parity(folder: Path) -> None:
+    """Do our models compute what the authors' code computed? Exit status 1 if a recorded case differs."""
+    from varl.eval.parity import failed, format_table, run
+
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: there is no such folder. Give one with recorded cases (CASE.json beside CASE.safetensors).")
+    results = run(folder)
+    typer.echo(format_table(results))
+    if failed(results):
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option("--out")] = Path("runs/demo"), seed: int = 0, quiet: Quiet = False) -> None:
+    """The bundled words model, post-trained and measured before, after and against its control. Goes on where it stopped."""
+    speak(quiet)
+    from varl.demo import demo as run
+
+    folder = run_folder(out, "demo")
+    with Bar(None, lambda metrics: training_line(metrics) or measured_line(metrics), shown=not quiet) as bar:
+        found = run(folder, seed, typer.echo, bar.tick)
+    typer.echo(f"report  {found / 'report.html'}")
+
+
+@app.command()
+def convert(
+    transformer: Annotated[Path, typer.Argument(metavar="VAR.pth", help="Released weights, or a training run's.")],
+    tokenizer: Annotated[Path, typer.Argument(metavar="VAE.pth", help="The tokenizer that it was trained with.")],
+    out: Annotated[Path, typer.Option("--out", help="The model folder.")],
+) -> None:
+    """A released VAR checkpoint as a model folder."""
+    from varl.checkpoints import next_scale
+    from varl.checkpoints.var import load_var
+
+    model, vq = load_var(transformer, tokenizer)
+    typer.echo(str(next_scale.save(out, model, vq, {"converted": [transformer.name, tokenizer.name]})))
+
+
+if __name__ == "__main__":
+    main()
