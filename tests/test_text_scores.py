@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from varl.rewards.text_scores import comp, edit_distance, ned_similarity, paper_reward, pen, sim, word_accuracy
+from varl.rewards.text_scores import comp, edit_distance, letter_scores, ned_similarity, paper_reward, pen, sim, word_accuracy
 
 
 @pytest.mark.parametrize(
@@ -78,3 +78,24 @@ def test_letters_in_another_order_cost_no_penalty_but_no_completeness():
 def test_unsure_readings_are_worth_less():
     assert paper_reward(["CAT"], [("CAT", 0.3)]) == pytest.approx(0.6, abs=1e-7)
     assert sim(["CAT"], [("CAR", 1.0), ("CAT", 0.5)]) == pytest.approx(0.5, abs=1e-7)  # the likest, not the best paid
+
+
+@pytest.mark.parametrize(
+    ("target", "read", "scores"),
+    [
+        ("CAT", "cat", [1, 1, 1]),
+        ("CAT", "CXT", [1, 0, 1]),
+        ("CAT", "AT", [0, 1, 1]),
+        ("CAT", "CAAT", [0, 1, 1]),  # an insertion takes 1 from the letter before it
+        ("CAT", "XCAT", [0, 1, 1]),  # ... or from the first
+        ("CAT", "", [0, 0, 0]),
+        ("HOUSE", "MOUSES", [0, 1, 1, 1, 0]),
+    ],
+)
+def test_letter_scores_by_hand(target, read, scores):
+    assert letter_scores(target, read) == scores
+
+
+def test_letter_scores_mean_is_ned_where_nothing_is_inserted():
+    for read in ("", "A", "HOSE", "MOUSE", "HXXSE"):
+        assert sum(letter_scores("HOUSE", read)) / 5 == pytest.approx(ned_similarity("HOUSE", read))

@@ -274,8 +274,9 @@ class OCRConfig:
 
     engine: Literal["auto", "tesseract", "rapidocr"] = "auto"
     """auto is tesseract where its language data is found, else rapidocr, and says so."""
-    score: Literal["paper", "mixed", "exact", "ned"] = "mixed"
-    """paper is VAR-RL's Comp + Sim - Pen; mixed is half exact, half NED similarity, per region."""
+    score: Literal["paper", "mixed", "exact", "ned", "letters"] = "mixed"
+    """paper is VAR-RL's Comp + Sim - Pen; mixed is half exact, half NED similarity, per region; letters is the share of letters read right,
+    and tells region credit about each letter."""
     workers: int = 1
     """Reader processes."""
     timeout: float = 20.0

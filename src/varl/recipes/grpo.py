@@ -1,17 +1,16 @@
-"""Plain GRPO (arXiv 2402.03300), and GRPO with one part added."""
+"""Plain GRPO: the baselines."""
 
-from varl.config import EvalConfig, GRPOConfig, OCRConfig, OptimConfig, RunConfig, TrainConfig, WeightedReward
-from varl.recipes.pretrain import WORDS
+from dataclasses import replace
+
+from varl.config import GRPOConfig, OCRConfig, RunConfig, WeightedReward
+from varl.recipes import var_rl
 
 
 def words_cpu() -> RunConfig:
-    """Words that read, on two CPU cores in minutes: one-stage GRPO, no PANW, no masks. The numbers are ours."""
-    return RunConfig(
+    """Plain GRPO on var_rl/words_cpu's model and words: no PANW, no stages, one advantage per picture."""
+    return replace(
+        var_rl.words_cpu(),
         name="grpo/words_cpu",
-        model="bundled:words",
-        data=WORDS,
         rewards={"ocr": WeightedReward(reward=OCRConfig(score="mixed"))},
-        algorithm=GRPOConfig(num_generations=16, panw_alpha=0.0, beta=0.0, loss_type="dapo"),
-        train=TrainConfig(steps=200, prompts_per_step=6, optim=OptimConfig(lr=2e-4, warmup_steps=5)),
-        eval=EvalConfig(every=50, samples=64),
+        algorithm=GRPOConfig(num_generations=16, beta=0.0, loss_type="dapo"),
     )

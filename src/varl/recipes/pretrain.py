@@ -29,3 +29,39 @@ def words_cpu() -> PretrainConfig:
         optim=OptimConfig(name="muon", lr=3e-3, schedule="linear", warmup_steps=10),
         save_every=250,
     )
+
+
+WORDS_H200 = WordsConfig(
+    image_size=(128, 128),
+    fonts=("sans", "serif", "mono", "oblique", "italic", "times"),
+    palettes=("ink", "night", "sea", "fire", "moss", "candy", "slate", "sand"),
+    max_length=7,
+    regions=(0.0, 0.2, 0.3, 0.3, 0.2),
+    jitter=2,
+)
+"""Two to five words in a picture, in the proportions of VAR-RL's evaluation (appendix C)."""
+
+
+def words_h200_model() -> NextScaleConfig:
+    """69 M parameters, VAR's ten scales of 680 tokens, stride 8."""
+    tokenizer = TokenizerConfig(vocab=1024, channels=16, width=64, multipliers=(1, 2, 2, 4))
+    text = TextConfig(styles=WORDS_H200.fonts + WORDS_H200.palettes, max_length=40, layers=2)
+    return NextScaleConfig(depth=12, width=512, heads=8, text=text, tokenizer=tokenizer)
+
+
+def words_h200() -> PretrainConfig:
+    """The base model of var_rl/words_h200: tokenizer 4 minutes, transformer 8 (planned; not measured on GPU)."""
+    return PretrainConfig(
+        name="pretrain/words_h200",
+        model=words_h200_model(),
+        data=WORDS_H200,
+        pictures=100_000,
+        tokenizer_steps=4000,
+        tokenizer_batch=64,
+        tokenizer_lr=1e-3,
+        steps=6000,
+        batch=128,
+        optim=OptimConfig(name="muon", lr=1e-3, schedule="linear", warmup_steps=100),
+        save_every=1000,
+        dtype="bfloat16",
+    )

@@ -13,7 +13,7 @@ from varl.config import OCRConfig
 from varl.errors import RewardError
 from varl.rewards.ocr import ALPHABET, choose_engine
 from varl.rewards.pool import ReaderPool
-from varl.rewards.text_scores import ned_similarity, paper_reward, word_accuracy
+from varl.rewards.text_scores import letter_scores, ned_similarity, paper_reward, word_accuracy
 from varl.types import Box, Found, Judgement, Prompt
 
 log = logging.getLogger(__name__)
@@ -63,8 +63,9 @@ class OCRReward:
 
     Where every region of a prompt has a box, each is read at its box, and text elsewhere in the picture is not seen; else the whole picture
     is read, and pieces of text are matched to regions by likeness. `mixed`, `exact`, `ned`: value is the mean over regions, region_value
-    its shares, which sum to it. `paper`: VAR-RL's Comp + Sim - Pen, which is no sum. NaN where the reader
-    failed. Parts: word_accuracy, ned (similarity, mean over regions), confidence (mean over regions)."""
+    its shares, which sum to it. `letters`: the same with every letter a region, at its part of the prompt's box. `paper`: VAR-RL's
+    Comp + Sim - Pen, which is no sum. NaN where the reader failed. Parts: word_accuracy, ned (similarity, mean over regions), confidence
+    (mean over regions)."""
 
     def __init__(self, config: OCRConfig, letters: str = ALPHABET) -> None:
         self.score = config.score
@@ -77,16 +78,18 @@ class OCRReward:
             if not prompt.words:
                 raise RewardError(f"prompt {prompt.text!r}: no text region, so nothing to read. Give it regions, or use another reward.")
         pictures = self.pool.read(to_pixels(images), [_boxes(prompt) for prompt in prompts])
-        most = max(len(prompt.regions) for prompt in prompts)
+        letters = self.score == "letters"
+        places = [letter_boxes(prompt) if letters else [region.box for region in prompt.regions] for prompt in prompts]
+        most = max(map(len, places))
         value = torch.full((len(prompts),), math.nan)
         parts = {name: value.clone() for name in ("word_accuracy", "ned", "confidence")}
         region_value = torch.full((len(prompts), most), math.nan)
         region_box = torch.full((len(prompts), most, 4), math.nan)
         finite = images.isfinite().flatten(1).all(1).tolist()
         for b, (prompt, found) in enumerate(zip(prompts, pictures, strict=True)):
-            for r, region in enumerate(prompt.regions):
-                if region.box is not None:
-                    region_box[b, r] = torch.tensor(region.box)
+            for r, box in enumerate(places[b]):
+                if box is not None:
+                    region_box[b, r] = torch.tensor(box)
             if found is None or not finite[b]:
                 continue
             targets = [region.text for region in prompt.regions]
@@ -95,7 +98,7 @@ class OCRReward:
             else:
                 lines = match_regions(targets, found) if len(targets) > 1 else [join(found)]
             for r, line in enumerate(lines):
-                if line.text:
+                if line.text and not letters:
                     region_box[b, r] = torch.tensor(line.box)
             words = [(word, line.confidence) for line in lines for word in line.text.split()]
             parts["word_accuracy"][b] = word_accuracy(prompt.words, [word for word, _ in words])
@@ -103,6 +106,10 @@ class OCRReward:
             parts["confidence"][b] = sum(line.confidence for line in lines) / len(lines)
             if self.score == "paper":
                 value[b] = paper_reward(prompt.words, words)
+            elif self.score == "letters":
+                scores = [score for target, line in zip(targets, lines, strict=True) for score in letter_scores(target, line.text)]
+                region_value[b, : len(scores)] = torch.tensor(scores) / len(scores)
+                value[b] = region_value[b].nansum()
             else:
                 scores = [region_score(target, line.text, self.score) for target, line in zip(targets, lines, strict=True)]
                 region_value[b, : len(scores)] = torch.tensor(scores) / len(scores)
@@ -118,6 +125,19 @@ class OCRReward:
     def close(self) -> None:
         """Ends the reader processes."""
         self.pool.close()
+
+
+def letter_boxes(prompt: Prompt) -> list[Box | None]:
+    """A box for every letter of every region: the region's box in equal parts. Fixed by the prompt, so credit by them has no bias."""
+    boxes: list[Box | None] = []
+    for region in prompt.regions:
+        if region.box is None:
+            boxes += [None] * len(region.text)
+            continue
+        x0, y0, x1, y1 = region.box
+        width = (x1 - x0) / len(region.text)
+        boxes += [(x0 + i * width, y0, x0 + (i + 1) * width, y1) for i in range(len(region.text))]
+    return boxes
 
 
 def _boxes(prompt: Prompt) -> list[Box] | None:

@@ -21,6 +21,30 @@ def ned_similarity(a: str, b: str) -> float:
     return 1 - edit_distance(a.lower(), b.lower()) / max(len(a), len(b), 1)
 
 
+def letter_scores(target: str, read: str) -> list[float]:
+    """Each target letter's share of what was read right: 1 where a shortest edit script keeps the letter, 0 where it replaces or deletes
+    it, and 1 less for each letter inserted after it (before the first: charged to the first). Spaces count as letters.
+
+    Their mean is (kept - inserted) / |target|, at most 1: the NED similarity where nothing is inserted."""
+    a, b = target.lower(), read.lower()
+    rows = [list(range(len(b) + 1))]
+    for i, x in enumerate(a, 1):
+        rows.append([i])
+        for j, y in enumerate(b, 1):
+            rows[i].append(min(rows[i - 1][j] + 1, rows[i][j - 1] + 1, rows[i - 1][j - 1] + (x != y)))
+    scores, i, j = [0.0] * len(a), len(a), len(b)
+    while i or j:
+        if i and j and rows[i][j] == rows[i - 1][j - 1] + (a[i - 1] != b[j - 1]):
+            i, j = i - 1, j - 1
+            scores[i] += a[i] == b[j]
+        elif i and rows[i][j] == rows[i - 1][j] + 1:
+            i -= 1
+        else:
+            j -= 1
+            scores[max(i - 1, 0)] -= 1
+    return scores
+
+
 def word_accuracy(targets: Sequence[str], read: Sequence[str]) -> float:
     """Share of the target words that were read, each reading counted once; 1 where nothing was asked for."""
     want, got = Counter(word.lower() for word in targets), Counter(word.lower() for word in read)
