@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 import yaml
@@ -134,7 +134,7 @@ class Bar:
         self.progress = Progress(*columns, TextColumn("{task.fields[says]}"), console=err_console, disable=not shown)
         self.total, self.says, self.shown, self.task, self.last = total, says, shown, None, 0.0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Bar":
         self.progress.start()
         return self
 
@@ -231,12 +231,18 @@ def warn_against_probes(config: RunConfig, folder: Path, given: Path | None) -> 
         [given] if given else sorted({*folder.glob("probe.json"), *folder.parent.glob("probe.json"), *folder.parent.glob("*/probe.json")})
     )
     for file in files:
-        try:
-            said = contradictions(config, json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, KeyError) as error:
-            raise ConfigError(f"{file}: is not what `varl probe` writes ({error!r}). Remove it, or probe again.") from None
-        for line in said if first_process() else ():
+        for line in contradictions(config, read_probe(file)) if first_process() else ():
             typer.echo(f"warning: {line} ({file})", err=True)
+
+
+def read_probe(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not {"model", "recommend"} <= found.keys():
+        raise ConfigError(f"{file}: is not what `varl probe` writes. Remove it, or probe again.")
+    return found
 
 
 def make_report(folder: Path) -> Path:

@@ -97,7 +97,7 @@ class Plan:
 
     def total(self, count: Callable[[Update], float]) -> float:
         """Over all updates of the run."""
-        return sum(update.count * count(update) for update in self.updates)
+        return float(sum(update.count * count(update) for update in self.updates))
 
 
 def plan(config: RunConfig | PretrainConfig, *, calibrate: bool = True) -> Plan:

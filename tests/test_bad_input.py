@@ -1,0 +1,272 @@
+"""What a user gets wrong, through the command line: exit status 2, the value, the reason and the fix on stderr, and nothing touched."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tiny import snapshot, status, write_config
+from varl.data.folder import write_folder
+from varl.types import Prompt
+
+MODEL_SETTINGS = """
+model:
+  depth: 1
+  width: 32
+  heads: 2
+  grids: [[1, 1], [1, 2], [2, 4]]
+  text: {alphabet: ABC}
+data: {kind: words, image_size: [16, 32]}
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A model, a config, and a run of one step."""
+    folder = tmp_path_factory.mktemp("made")
+    write_config(folder)
+    assert status("train", folder / "run.yaml", "--set", "train.steps=1", "--out", folder / "out", "--quiet") == 0
+    return folder
+
+
+@pytest.fixture
+def here(made, tmp_path, monkeypatch):
+    """A copy of it that the test may break, as the working folder."""
+    folder = tmp_path / "here"
+    shutil.copytree(made, folder)
+    file = folder / "run.yaml"
+    file.write_text(file.read_text().replace(str(made), str(folder)))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def refused(here, capfd):
+    """The message with which a command is refused."""
+
+    def refuse(*arguments):
+        before = snapshot(here)
+        capfd.readouterr()
+        code = status(*arguments)
+        said = capfd.readouterr()
+        assert code == 2, said.err
+        assert snapshot(here) == before, "something that was saved has changed"
+        assert said.err.startswith("error: ")
+        assert "Traceback" not in said.err
+        assert said.out == ""
+        return said.err
+
+    return refuse
+
+
+def test_unknown_recipe(refused):
+    said = refused("train", "grpo/words_cp")
+    assert "unknown recipe `grpo/words_cp`. Did you mean `grpo/words_cpu`?" in said
+    assert "\n  var_rl/words_cpu  " in said
+
+
+def test_a_shell_sees_the_status_and_no_traceback():
+    done = subprocess.run([sys.executable, "-m", "varl.cli", "train", "grpo/words_cp"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: unknown recipe `grpo/words_cp`. Did you mean `grpo/words_cpu`?")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_config_file_that_is_not_there(refused):
+    assert "there is no file rnu.yaml. Give a YAML file, or the name of a recipe: " in refused("train", "rnu.yaml")
+
+
+def test_a_config_that_is_not_yaml(refused, here, tmp_path):
+    (tmp_path / "bad.yaml").write_text("model: [a")
+    assert "this is not YAML: " in refused("train", tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("train.stepz=10", "unknown key `train.stepz`. Did you mean `steps`? Known: steps, "),
+        ("train.steps=ten", "train.steps='ten': expected a whole number."),
+        ("train.steps", "'train.steps' is no assignment. Write path=value, for example train.steps=10."),
+        (
+            "algorithm.num_generations=1",
+            "num_generations=1: a group of one is its own baseline, every advantage is 0. Set it to 2",
+        ),
+        ("sample_law.temperature=0", "temperature=0.0: must be above 0. For greedy decoding set top_k=1."),
+        ("score_law.top_p=1.5", "top_p=1.5: must lie in (0, 1]; 1 keeps all tokens."),
+        ("sample_law.top_k=-1", "top_k=-1: must be 0 (keep all) or more."),
+        ("sample_law.top_k=17", "sample_law.top_k=17 is more than the vocabulary of 16. Set 0 to keep all tokens."),
+        ("sample_law.cfg_scale=[1.0, 2.0]", "sample_law.cfg_scale has 2 values, the model 3 scales. Give one, or one per scale."),
+        ("algorithm={kind: var_rl, middle_step: {index: 9}}", "at step 9; this model has 3. Set 1 to 3."),
+        ("algorithm={kind: var_rl, middle_step: {}}", "set exactly one of index, resolution and token_share."),
+        ("data.fonts=[comic]", "font 'comic': neither a bundled face (sans, serif, "),
+        ("data.fonts=[serif]", "asks for style ['serif'], which the encoder lacks. It knows ['sans', 'mono', 'ink', 'sea']."),
+        ("data.word_list=no.txt", "word_list 'no.txt': neither `wonderwords` nor a file."),
+        ("rewards.bright.reward.target=no.py:f", "there is no file "),
+        ("rewards.bright.reward.target=varl.rewards.toy:dark", "has no callable 'dark'. It has: "),
+        ("model=nowhere", "model='nowhere': no config.yaml in nowhere. Give a model folder (made by `varl pretrain` or `varl convert`)"),
+        ("model=bundled:wrods", "model='bundled:wrods': no config.yaml in "),
+    ],
+)
+def test_settings(refused, setting, said):
+    assert said in refused("train", "run.yaml", "--set", setting, "--out", "new")
+
+
+def test_everything_that_is_missing_at_once(refused):
+    said = refused("train", "run.yaml", "--set", "model=nowhere", "--set", "data.fonts=[comic]", "--out", "new")
+    assert "2 things stand in the way:\n- model='nowhere'" in said
+    assert "\n- font 'comic'" in said
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        (
+            "model.grids=[[2, 4], [1, 1]]",
+            "model.grids=[(2, 4), (1, 1)]: a later scale is smaller than an earlier one. Order them coarse to fine.",
+        ),
+        ("model.grids=[[0, 1]]", "model.grids=[(0, 1)]: every scale needs at least 1x1 token."),
+        ("model.heads=5", "model.width=32 is no multiple of model.heads=5. Change one of the two."),
+        ("model.num_classes=3", "set exactly one of num_classes (class-conditional) and text (text-conditional)."),
+        ("data.image_size=[16, 64]", "data.image_size=(16, 64), but the model's grids and stride make (32, 64) pixels. Make them equal."),
+    ],
+)
+def test_impossible_models(refused, here, setting, said):
+    (here / "base.yaml").write_text(MODEL_SETTINGS)
+    assert said in refused("pretrain", "base.yaml", "--set", setting, "--out", "new")
+
+
+def test_the_other_command(refused):
+    assert "pretrain/words_cpu is for `varl pretrain`" in refused("train", "pretrain/words_cpu")
+    assert "run.yaml is for `varl train`" in refused("pretrain", "run.yaml")
+
+
+# ---- data -------------------------------------------------------------------------------------------------------------------------------
+
+
+def data_folder(here):
+    write_folder(here / "mine", torch.zeros(2, 3, 16, 32, dtype=torch.uint8), [Prompt(text="CAT"), Prompt(text="DOG")])
+    return "data={kind: folder, path: mine}"
+
+
+def test_a_picture_that_cannot_be_read(refused, here):
+    setting = data_folder(here)
+    (here / "mine/images/000001.png").write_bytes(b"not a picture")
+    said = refused("train", "run.yaml", "--set", setting, "--out", "new")
+    assert "mine/prompts.jsonl:2: image 'images/000001.png': cannot be read" in said
+    assert "write it again." in said
+
+
+def test_a_line_that_is_not_json(refused, here):
+    setting = data_folder(here)
+    (here / "mine/prompts.jsonl").write_text('{"text": "CAT"}\n{"text": \n')
+    assert "mine/prompts.jsonl:2: " in refused("train", "run.yaml", "--set", setting, "--out", "new")
+
+
+def test_a_data_folder_that_is_not_there(refused):
+    said = refused("train", "run.yaml", "--set", "data={kind: folder, path: nowhere}", "--out", "new")
+    assert "data folder 'nowhere': has no prompts.jsonl. Write one JSON object a line" in said
+
+
+def test_characters_that_the_encoder_lacks(refused, here):
+    assert "prompt 'Çat' holds ['a', 't', 'Ç'], which the encoder lacks. It knows 'ABC" in refused(
+        "sample", "base", "--prompt", "Çat", "--out", "x.png"
+    )
+    setting = data_folder(here)
+    (here / "mine/prompts.jsonl").write_text('{"text": "CAT"}\n{"text": "cat"}\n')
+    assert "prompt 'cat' holds ['a', 'c', 't']" in refused("train", "run.yaml", "--set", setting, "--out", "new")
+
+
+def test_a_prompt_that_is_too_long(refused):
+    said = refused("sample", "base", "--prompt", "ABCDEFGHIJKLM", "--out", "x.png")
+    assert "has 13 characters, the encoder takes 12. Shorten it" in said
+
+
+# ---- what was saved ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_run_directory_of_another_config(refused):
+    said = refused("train", "run.yaml", "--set", "seed=7", "--set", "train.optim.lr=0.5", "--out", "out", "--quiet")
+    assert "out holds a run with other settings:\n" in said
+    assert "  seed: 0 -> 7\n" in said
+    assert "  train.optim.lr: 0.0001 -> 0.5\n" in said
+    assert "Give another --out, or the same settings to go on." in said
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.safetensors"])
+def test_a_truncated_model(refused, here, file):
+    whole = (here / "base" / file).read_bytes()
+    (here / "base" / file).write_bytes(whole[:-100])
+    for command in (["train", "run.yaml", "--out", "new"], ["sample", "base", "--prompt", "CAT", "--out", "x.png"]):
+        said = refused(*command)
+        assert file in said
+        assert f"{len(whole) - 100}" in said.replace(",", "")
+        assert "Copy or save the model folder again." in said
+
+
+def test_a_model_that_was_changed(refused, here):
+    file = here / "base/model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert "model.safetensors is not what was written" in refused("sample", "base", "--prompt", "CAT", "--out", "x.png")
+
+
+def test_a_model_that_is_not_there(refused):
+    for command in (["sample", "nowhere", "--prompt", "CAT", "--out", "x.png"], ["eval", "nowhere"]):
+        assert "model='nowhere': no config.yaml in nowhere. Give a model folder" in refused(*command)
+
+
+def test_an_out_that_is_a_file(refused):
+    assert "--out run.yaml: is a file. Give a folder" in refused("train", "run.yaml", "--out", "run.yaml")
+
+
+def test_a_probe_that_is_none(refused, here):
+    (here / "mine.json").write_text(json.dumps([1]))
+    assert "--probe no.json: there is no such file. Make one with `varl probe`." in refused("train", "run.yaml", "--probe", "no.json")
+    assert "mine.json: is not what `varl probe` writes" in refused("train", "run.yaml", "--out", "new", "--probe", "mine.json")
+
+
+# ---- other commands ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--temperature", "0"], "temperature=0.0: must be above 0. For greedy decoding set top_k=1."),
+        (["--top-p", "0"], "top_p=0.0: must lie in (0, 1]; 1 keeps all tokens."),
+        (["--top-k", "99"], "top_k=99 is more than the vocabulary of 16. Set 0 to keep all tokens."),
+        (["--cfg", "1,2"], "cfg_scale has 2 values, the model 3 scales. Give one, or one per scale."),
+        (["--cfg", "much"], "--cfg 'much': must be numbers with commas between them, for example 1.0,0.8."),
+        (["--style", "mono,sea,ink"], "has 3 attributes ['mono', 'sea', 'ink']; at most 2 fit. Drop some."),
+        (["--style", "gothic"], "asks for style ['gothic'], which the encoder lacks."),
+        (["--label", "3"], "label 3: this model reads text and knows no classes. Give --prompt."),
+    ],
+)
+def test_sampling(refused, arguments, said):
+    assert said in refused("sample", "base", "--prompt", "CAT", "--out", "x.png", *arguments)
+
+
+def test_nothing_to_draw(refused):
+    assert "nothing to draw: give --prompt, --label or --prompts." in refused("sample", "base", "--out", "x.png")
+
+
+def test_evaluation(refused):
+    assert "--judges 'tesserac': unknown tesserac. Use tesseract, rapidocr or auto." in refused("eval", "base", "--judges", "tesserac")
+    assert "--temperatures 'hot': must be numbers" in refused("eval", "base", "--temperatures", "hot")
+
+
+def test_reports(refused):
+    assert "nowhere: there is no such run directory." in refused("report", "nowhere")
+    assert "a comparison needs at least two run directories. Name another." in refused("compare", "out")
+    assert "nowhere: there is no such folder. Give one with recorded cases" in refused("parity", "nowhere")
+
+
+def test_conversion(refused, here):
+    (here / "a.pth").write_bytes(b"not weights")
+    said = refused("convert", "a.pth", "b.pth", "--out", "converted")
+    assert "a.pth" in said
+    assert "b.pth" in refused("convert", "b.pth", "b.pth", "--out", "converted")

@@ -1,0 +1,266 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from tiny import TINY, save_tiny, word_file
+from varl.build import new_model
+from varl.config import (
+    FolderConfig,
+    GRPOConfig,
+    LawConfig,
+    MiddleStep,
+    OptimConfig,
+    PretrainConfig,
+    PythonRewardConfig,
+    RunConfig,
+    TrainConfig,
+    VARRLConfig,
+    WeightedReward,
+    WordsConfig,
+)
+from varl.plan import (
+    autoencoder_cost,
+    cost,
+    decoder_cost,
+    format_plan,
+    in_bytes,
+    in_time,
+    matmul_speed,
+    optimizer_bytes,
+    plan,
+    transformer_cost,
+    without_memory,
+)
+from varl.train.optim import build_optimizer
+
+TOKENS, PREFIX = 11, 3
+"""Of the tiny model, and of its first two scales."""
+TOY = {"bright": WeightedReward(reward=PythonRewardConfig(target="varl.rewards.toy:brightness"))}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """P = 2, G = 4 on the tiny model."""
+    folder = tmp_path_factory.mktemp("plan")
+    data = WordsConfig(image_size=(16, 32), fonts=("sans",), palettes=("ink",), word_list=str(word_file(folder)), max_length=3, jitter=0)
+    return RunConfig(
+        model=str(save_tiny(folder / "base")),
+        data=data,
+        rewards=TOY,
+        algorithm=GRPOConfig(num_generations=4, rollouts_per_chunk=4),
+        train=TrainConfig(steps=6, prompts_per_step=2, rollouts_per_backward=4, save_every=2, device="cpu"),
+    )
+
+
+def updates(config, **changes):
+    found = plan(replace(config, **changes), calibrate=False)
+    assert found.problems == ()
+    return {update.name: update for update in found.updates}
+
+
+# ---- batch arithmetic -------------------------------------------------------------------------------------------------------------------
+
+
+def test_grpo_by_hand(config):
+    step = updates(config)["all"]
+    assert (step.count, step.judged, step.drawn, step.trained) == (6, 8, 8 * TOKENS, 8 * TOKENS)
+
+
+def test_two_stages_by_hand(config):
+    """Six steps of a 3:1 cycle are 3 + 2 prefix updates and one suffix update. m = 2, K = 2."""
+    algorithm = VARRLConfig(grpo=config.algorithm, middle_step=MiddleStep(index=2), num_continuations=2)
+    step = updates(config, algorithm=algorithm)
+    assert (step["prefix"].count, step["suffix"].count) == (5, 1)
+    assert (step["prefix"].judged, step["suffix"].judged) == (16, 8)
+    assert step["prefix"].drawn == 8 * PREFIX + 16 * (TOKENS - PREFIX)
+    assert step["prefix"].trained == 8 * PREFIX
+    assert step["suffix"].drawn == 2 * PREFIX + 8 * (TOKENS - PREFIX), "one prefix for each prompt"
+    assert step["suffix"].trained == 8 * TOKENS
+    found = plan(replace(config, algorithm=algorithm), calibrate=False)
+    assert (found.middle_step, found.prefix_share) == (2, PREFIX / TOKENS)
+    assert found.total(lambda update: update.judged) == 5 * 16 + 8
+
+
+def test_switches_of_two_stages(config):
+    algorithm = VARRLConfig(grpo=config.algorithm, middle_step=MiddleStep(index=2), num_continuations=2, tree_reuse=True)
+    step = updates(config, algorithm=replace(algorithm, shared_prefix_baseline=False))
+    assert step["prefix"].trained == 8 * PREFIX + 16 * TOKENS
+    assert step["suffix"].drawn == 8 * TOKENS
+    assert updates(config, algorithm=replace(algorithm, suffix_updates=0)).keys() == {"prefix"}
+
+
+def test_guidance_draws_twice_and_iterations_train_again(config):
+    once = updates(config)["all"]
+    guided = updates(config, sample_law=LawConfig(cfg_scale=(2.0,)))["all"]
+    again = updates(config, algorithm=replace(config.algorithm, num_iterations=3))["all"]
+    with_reference = updates(config, algorithm=replace(config.algorithm, beta=0.1))["all"]
+    assert guided.flops == {**once.flops, "rollout": 2 * once.flops["rollout"]}
+    assert again.flops == {**once.flops, "train": 3 * once.flops["train"]}
+    assert with_reference.flops["train"] == pytest.approx(once.flops["train"] * 4 / 3)
+    assert again.trained == 3 * once.trained
+
+
+# ---- a picture's cost -------------------------------------------------------------------------------------------------------------------
+
+
+def test_operations_of_a_forward_pass_by_hand():
+    """Two operations for each multiplication: matrices of a token, attention of scale t over all up to t, matrices of a row."""
+    config = replace(TINY, text=None, num_classes=3)
+    model, _ = without_memory(config)
+    d, hidden, vocab, channels = 32, 128, 16, 4
+    token = 4 * d * d + 2 * d * hidden + d * vocab
+    attention = 2 * d * (1 * 1 + 2 * 3 + 8 * 11)
+    row = 6 * d * d + 2 * d * d
+    assert transformer_cost(model, 3).flops == 2 * (11 * token + attention + row + 10 * channels * d)
+    assert transformer_cost(model, 1).flops == 2 * (token + 2 * d + row)
+
+
+def test_operations_of_the_tokenizer_are_those_of_its_convolutions():
+    _, tokenizer = without_memory(TINY)
+    assert decoder_cost(tokenizer).flops < autoencoder_cost(tokenizer, TINY.image_size).flops
+    convolution = nn.Conv2d(3, 5, 3, padding=1, device="meta")
+    assert cost(lambda: convolution(torch.empty(1, 3, 4, 6)), convolution).flops == 2 * 5 * 4 * 6 * 3 * 9
+
+
+def test_what_autograd_keeps_by_hand():
+    """The input of the product, and the output of the ReLU; the weights are there anyway."""
+    layer = nn.Linear(4, 8, device="meta")
+    assert cost(lambda: layer(torch.empty(1, 4)).relu(), layer).saved == 4 * (4 + 8)
+
+
+def test_activations_grow_with_the_scales():
+    model, _ = without_memory(TINY)
+    assert transformer_cost(model, 2).saved < transformer_cost(model, 3).saved
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_optimizer_bytes_are_those_of_a_real_optimizer(name):
+    model, _ = new_model(TINY)
+    optimizer = build_optimizer(model, OptimConfig(name=name))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    kept = [tensor for state in optimizer.state.values() for key, tensor in state.items() if key != "step"]
+    assert optimizer_bytes(model, OptimConfig(name=name)) == sum(tensor.numel() * 4 for tensor in kept)
+
+
+def test_memory_by_hand(config):
+    model, tokenizer = new_model(TINY)
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    found = plan(
+        replace(config, train=replace(config.train, ema_decay=0.9), algorithm=replace(config.algorithm, beta=0.1)), calibrate=False
+    )
+    assert found.parameters == {"transformer": weights // 4, "tokenizer": sum(p.numel() for p in tokenizer.parameters())}
+    assert [found.memory[part] for part in ("weights", "gradients", "reference", "moving average")] == [weights] * 4
+    assert found.memory["optimizer"] == 2 * weights
+    assert found.memory["logits"] == 3 * 4 * (4 * TOKENS * 16)
+    assert found.memory["activations"] == 4 * transformer_cost(without_memory(TINY)[0], 3).saved
+    plain = plan(config, calibrate=False).memory
+    assert not {"reference", "moving average"} & plain.keys()
+    half = plan(replace(config, train=replace(config.train, dtype="bfloat16")), calibrate=False).memory
+    assert half["activations"] * 2 == plain["activations"]
+
+
+def test_no_weight_is_read(config, tmp_path):
+    """Weights replaced by as many other bytes: loading them fails, a plan does not look at them."""
+    folder = save_tiny(tmp_path / "base")
+    file = folder / "model.safetensors"
+    file.write_bytes(b"x" * file.stat().st_size)
+    assert plan(replace(config, model=str(folder)), calibrate=False).problems == ()
+
+
+def test_time_is_operations_over_speed(config):
+    assert plan(config, calibrate=False).seconds is None
+    found = plan(config)
+    total = sum(sum(update.flops.values()) * update.count for update in found.updates)
+    assert found.seconds is not None
+    assert 1e8 < total / found.seconds < 1e15
+    assert matmul_speed(torch.device("cpu"), torch.float32, 32, seconds=0.01) > 1e8
+
+
+# ---- what is missing --------------------------------------------------------------------------------------------------------------------
+
+
+def test_all_that_is_missing_is_said_at_once(config):
+    data = replace(config.data, fonts=("sans", "comic"), palettes=("ink", "mud"), word_list="no.txt")
+    rewards = {"mine": WeightedReward(reward=PythonRewardConfig(target="no.py:f"))}
+    found = plan(replace(config, model="nowhere", data=data, rewards=rewards), calibrate=False)
+    for value, problem in zip(["model='nowhere'", "font 'comic'", "palette 'mud'", "'no.txt'", "'no.py:f'"], found.problems, strict=True):
+        assert value in problem
+    assert found.updates == ()
+    assert format_plan(found).count("problem ") == 5
+
+
+def test_what_the_model_cannot_do_is_a_problem(config):
+    too_far = VARRLConfig(grpo=config.algorithm, middle_step=MiddleStep(index=9))
+    data = replace(config.data, fonts=("serif",))
+    found = plan(replace(config, algorithm=too_far, data=data, sample_law=LawConfig(top_k=17)), calibrate=False)
+    assert len(found.problems) == 2
+    assert "top_k=17" in found.problems[0]
+    assert "'serif'" in found.problems[1]
+    assert "step 9" in plan(replace(config, algorithm=too_far), calibrate=False).problems[0]
+
+
+def test_a_folder_that_is_not_there(config):
+    found = plan(replace(config, data=FolderConfig(path="no/train", heldout="no/heldout")), calibrate=False)
+    assert [problem.split(":")[0] for problem in found.problems] == ["data folder 'no/heldout'", "data folder 'no/train'"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rollouts_per_backward": 9}, "rollouts_per_backward=9 is more than the 8 pictures"),
+        ({"save_every": 7}, "save_every=7 is beyond the last of 6 steps"),
+        ({"optim": OptimConfig(warmup_steps=6)}, "warmup_steps=6: the run of 6 steps never leaves"),
+    ],
+)
+def test_doubts_about_training(config, changes, said):
+    assert plan(config, calibrate=False).warnings == ()
+    (warning,) = plan(replace(config, train=replace(config.train, **changes)), calibrate=False).warnings
+    assert said in warning
+
+
+def test_other_doubts(config):
+    found = plan(replace(config, algorithm=replace(config.algorithm, rollouts_per_chunk=3)), calibrate=False)
+    assert "rollouts_per_chunk=3 is less than a group of 4" in found.warnings[0]
+    assert "one chunk" in plan(replace(config, algorithm=replace(config.algorithm, rollouts_per_chunk=8)), calibrate=False).warnings[0]
+    assert "differ" in plan(replace(config, sample_law=LawConfig(top_k=2)), calibrate=False).warnings[0]
+    assert "16, 48" in plan(replace(config, data=replace(config.data, image_size=(16, 48))), calibrate=False).warnings[0]
+    assert "eval.samples=128" in plan(replace(config, eval=replace(config.eval, every=1)), calibrate=False).warnings[0]
+
+
+# ---- pre-training, and words ------------------------------------------------------------------------------------------------------------
+
+
+def test_pretraining(config):
+    fresh = PretrainConfig(model=TINY, data=config.data, tokenizer_steps=5, tokenizer_batch=3, steps=7, batch=2)
+    found = plan(fresh, calibrate=False)
+    assert found.problems == ()
+    assert [(u.name, u.count, u.trained) for u in found.updates] == [("tokenizer", 5, 3 * TOKENS), ("transformer", 7, 2 * TOKENS)]
+    assert [u.name for u in plan(replace(fresh, init=config.model), calibrate=False).updates] == ["transformer"]
+
+
+def test_problems_of_pretraining(config):
+    fresh = PretrainConfig(model=replace(TINY, depth=2), data=replace(config.data, image_size=(16, 64)), init=config.model)
+    problems = plan(fresh, calibrate=False).problems
+    assert "another config" in problems[0]
+    assert "data.image_size=(16, 64)" in problems[1]
+    assert len(problems) == 2
+
+
+def test_in_words(config):
+    algorithm = VARRLConfig(grpo=config.algorithm, middle_step=MiddleStep(index=2))
+    text = format_plan(plan(replace(config, algorithm=algorithm), calibrate=False))
+    for part in (
+        "11 tokens on 3 scales: 1x1, 1x2, 2x4",
+        "the first 2 scales hold 27.3% of the tokens",
+        "5 x prefix: 8 pictures judged, 88 tokens drawn, 24 tokens trained on",
+        "6 steps, 48 pictures and reward calls",
+        "bright: varl.rewards.toy:brightness",
+        "nothing is missing",
+    ):
+        assert part in text
+    assert [in_bytes(2.5e9), in_bytes(3e6)] == ["2.50 GB", "3.0 MB"]
+    assert [in_time(0.25), in_time(75), in_time(7260)] == ["0.25 s", "1 min 15 s", "2 h 1 min"]

@@ -1,0 +1,66 @@
+"""A model folder small enough for every test, and a run on it that takes a second a step."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from varl.build import new_model
+from varl.checkpoints import next_scale
+from varl.cli import main
+from varl.config import NextScaleConfig, TextConfig, TokenizerConfig
+
+TINY = NextScaleConfig(
+    depth=1,
+    width=32,
+    heads=2,
+    grids=((1, 1), (1, 2), (2, 4)),
+    text=TextConfig(styles=("sans", "mono", "ink", "sea"), max_length=12),
+    tokenizer=TokenizerConfig(vocab=16, channels=4, width=16, multipliers=(1,), blocks=1, attention=False, patch=8),
+)
+"""11 tokens on 3 scales, 16x32 pixels."""
+
+
+def save_tiny(path: Path, config: NextScaleConfig = TINY) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, tokenizer = new_model(config)
+    return next_scale.save(path, model, tokenizer, {})
+
+
+def write_config(folder: Path, *, model: str | None = None, extra: str = "") -> Path:
+    """run.yaml in `folder`: four steps of GRPO for brightness, on `folder`/base."""
+    if model is None:
+        model = str(save_tiny(folder / "base"))
+    file = folder / "run.yaml"
+    file.write_text(f"""
+name: tiny
+model: {model}
+data: {{kind: words, image_size: [16, 32], fonts: [sans], palettes: [ink], word_list: {word_file(folder)}, max_length: 3, jitter: 0}}
+rewards: {{bright: {{reward: {{kind: python, target: "varl.rewards.toy:brightness"}}}}}}
+algorithm: {{kind: grpo, num_generations: 4, rollouts_per_chunk: 4}}
+train: {{steps: 4, prompts_per_step: 2, rollouts_per_backward: 4, image_every: 0, save_every: 2, device: cpu}}
+eval: {{samples: 2}}
+{extra}""")
+    return file
+
+
+def word_file(folder: Path) -> Path:
+    """Words of three letters, of which each set gets some."""
+    file = folder / "words.txt"
+    file.write_text("ACE\nADD\nAGE\nAID\nAIM\nAIR\nANT\nARM\nART\nASH\nBAD\nBAG\nBAR\nBAT\nBED\nBEE\nBIG\nBIT\nBOX\nBUS\n")
+    return file
+
+
+def status(*arguments: object) -> int | str | None:
+    """The exit status of a command."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return ended.value.code
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """A hash of every file under `folder`."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
