@@ -10,7 +10,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from varl.build import PromptSets, build_algorithm, build_judge, build_policy, b
 from varl.checkpoints import next_scale as next_scale_folder
 from varl.checkpoints import run_state
 from varl.checkpoints.folder import write_bytes
-from varl.config import RunConfig
+from varl.config import RunConfig, VARRLConfig
 from varl.distributed import mesh
 from varl.distributed.reduce import all_sum
 from varl.errors import ConfigError
@@ -55,7 +55,8 @@ def train(config: RunConfig, out: Path, tick: Tick = lambda metrics: None) -> Ou
         check(config, prompts, world)
         run = RunDirectory(out, config, writer=world.first)
         at_end.callback(run.close)
-        policy = build_policy(config, world.device, reference=needs_reference(config.algorithm))
+        built = build_policy(config, world.device, reference=needs_reference(config.algorithm))
+        policy = cast(Policy, built)
         algorithm = build_algorithm(config.algorithm, policy)
         children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         judge = build_judge(config)
@@ -94,7 +95,7 @@ def train(config: RunConfig, out: Path, tick: Tick = lambda metrics: None) -> Ou
             run.event("stop", reason)
             save(trainer, checkpoints, config.train.keep)
             with trainer.ema.swapped(policy.module) if trainer.ema else nullcontext():
-                next_scale_folder.save(out / "model", policy.module, policy.tokenizer, notes(trainer, config))
+                next_scale_folder.save(out / "model", built.module, built.tokenizer, notes(trainer, config))
         return Outcome(reason=reason, model=out / "model", done=reason != STOPPED, progress=trainer.progress)
 
 
@@ -191,7 +192,8 @@ class Watch:
     def _index(self, step: int) -> None:
         file = self.out / "pictures" / "index.json"
         steps = json.loads(file.read_text())["steps"] if file.exists() else []
-        grpo = getattr(self.config.algorithm, "grpo", self.config.algorithm)
+        algorithm = self.config.algorithm
+        grpo = algorithm.grpo if isinstance(algorithm, VARRLConfig) else algorithm
         sizes = [h * w for h, w in self.policy.layout.grids]
         weights = panw_weights(torch.tensor([sizes], dtype=torch.float32), grpo.panw_alpha)[0].tolist()
         index = {

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -41,10 +41,8 @@ STOPPED = "asked to stop"
 Metrics = dict[str, Any]
 
 
-class Prompts(Protocol):
-    """Prompts of one step, for this rank, with their global slot numbers; a function of the step alone."""
-
-    def __call__(self, step: int) -> tuple[Sequence[Prompt], Sequence[int]]: ...
+Prompts = Callable[[int], tuple[Sequence[Prompt], Sequence[int]]]
+"""Prompts of one step, for this rank, with their global slot numbers; a function of the step alone."""
 
 
 @dataclass(slots=True)
@@ -210,9 +208,10 @@ class Trainer:
         calm, calm_again = scores()
         for name in on:
             module.get_submodule(name).training = True
-        if on and (gap(score, again) > gap(calm, calm_again) or gap(calm, rollout.logp) < gap(score, rollout.logp) / 10):
+        random, calmed = gap(score, again) > 0, gap(calm, calm_again) == 0
+        if on and calmed and (random or gap(calm, rollout.logp) < gap(score, rollout.logp) / 10):
             return f"The model is in training mode (`{on[-1] or 'root'}`): dropout or drop-path is on. Call eval()."
-        if gap(score, again) > 0:
+        if random:
             return "Scoring the same rollout twice gives two results: something in the model draws random numbers while scoring."
         if rollout.sample_logp is not None:
             if gap(score, rollout.sample_logp) < gap(score, rollout.logp) / 10:
@@ -245,7 +244,7 @@ class Trainer:
         }
         save_file(parts, file)
         raise NumericsError(
-            f"step {self.progress.step + 1}: the {what} is {float(value)}. The batch is saved in {file}, the last checkpoint is whole. "
+            f"step {self.progress.step + 1}: the {what} is {value.item()}. The batch is saved in {file}, the last checkpoint is whole. "
             "Lower train.optim.lr, or look at the batch's advantages and log-probs."
         )
 
@@ -344,7 +343,7 @@ class TimedJudge:
     def __init__(self, judge: Judge, clock: Clock) -> None:
         self._judge, self._clock = judge, clock
 
-    def submit(self, images: Tensor, prompts: Sequence[Prompt]):
+    def submit(self, images: Tensor, prompts: Sequence[Prompt]) -> Any:
         return TimedFuture(self._judge.submit(images, prompts), self._clock)
 
 
@@ -361,9 +360,9 @@ class Tally:
     """What one step adds up, piece by piece."""
 
     def __init__(self) -> None:
-        self.totals = dict.fromkeys(("judged", "failed", "taught", "tokens", "loss", "size"), 0.0)
+        self.totals: dict[str, float] = dict.fromkeys(("judged", "failed", "taught", "tokens", "loss", "size"), 0.0)
         self.stage = "all"
-        self._pictures = 0
+        self._pictures = 0.0
         self._sums: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
         """Of each metric: value times rows, and rows."""
         self._maxima: Metrics = {}
