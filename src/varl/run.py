@@ -74,7 +74,7 @@ def train(config: RunConfig, out: Path, tick: Tick = lambda metrics: None) -> Ou
         checkpoints = out / "checkpoints"
         restore(trainer, run, checkpoints)
         watch = Watch(config, policy, judge, prompts, out, trainer)
-        if run.writer and trainer.progress.step == 0:
+        if run.writer and config.train.image_every and trainer.progress.step == 0:
             watch.show(0)
 
         def after(metrics: Metrics) -> None:
