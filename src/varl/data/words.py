@@ -31,8 +31,13 @@ PALETTES: dict[str, tuple[Colour, Colour]] = {
     "candy": ((128, 10, 84), (255, 212, 226)),
     "slate": ((222, 228, 234), (56, 66, 78)),
     "sand": ((92, 50, 14), (240, 220, 178)),
+    "indigo": ((170, 180, 240), (20, 30, 90)),
+    "wine": ((234, 164, 188), (84, 14, 38)),
+    "pine": ((158, 202, 186), (8, 52, 36)),
+    "plum": ((208, 170, 230), (58, 20, 80)),
 }
-"""Name -> colour of the text, colour of the ground (RGB)."""
+"""Name -> colour of the text, colour of the ground (RGB). The last four share one difference between the two, (150, 150, 150): a picture is
+then its ground plus the same ink whatever the palette, and a residual tokenizer can keep the colour in its coarsest token."""
 
 SIZES = (0.875, 0.75, 0.625, 0.5, 0.4375, 0.375)
 """Pixels per em, as shares of the line height. Few, so that a short word and a long one differ little."""

@@ -2,7 +2,7 @@
 
 from varl.config import NextScaleConfig, OptimConfig, PretrainConfig, TextConfig, TokenizerConfig, WordsConfig
 
-WORDS = WordsConfig(image_size=(16, 64), fonts=("sans", "serif", "mono"), palettes=("ink", "sea", "fire", "moss"), jitter=0)
+WORDS = WordsConfig(image_size=(16, 64), fonts=("mono",), palettes=("indigo", "wine", "pine", "plum"), jitter=0)
 """One word of 3 to 5 letters; the prompt names face and colours."""
 
 
@@ -21,10 +21,10 @@ def words_cpu() -> PretrainConfig:
         name="pretrain/words_cpu",
         model=words_model(),
         data=WORDS,
-        pictures=3000,
-        tokenizer_steps=2000,
+        pictures=2000,
+        tokenizer_steps=1200,
         warmup_share=0.4,
-        steps=2200,
+        steps=900,
         batch=16,
         optim=OptimConfig(name="muon", lr=3e-3, schedule="linear", warmup_steps=10),
         save_every=250,
