@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from varl.build import build_policy
-from varl.config import NextScaleConfig, RunConfig
+from varl.config import NextScaleConfig, OCRConfig, RunConfig, WeightedReward
 from varl.models.next_scale import NextScale
 from varl.policies.next_scale import NextScalePolicy
 from varl.recipes.pretrain import words_model
@@ -54,7 +54,8 @@ def commit() -> str:
 
 
 def config(model: str) -> RunConfig:
-    return replace(words_cpu(), model=model)
+    """The words recipe, judged by the whole picture's reading."""
+    return replace(words_cpu(), model=model, rewards={"ocr": WeightedReward(reward=OCRConfig(score="mixed"))})
 
 
 def policy_of(model: str, device: torch.device) -> NextScalePolicy:

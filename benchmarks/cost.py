@@ -193,9 +193,8 @@ def main() -> None:
     given = arguments(__doc__, 3.0)
     budget = 60 * given.minutes / 6
     words, large = policy_of(given.model, given.device), random_policy(VAR_LIKE, given.device)
-    print(
-        f"## Cost\n\n{machine(given.device)}. Medians (quartiles) of alternating runs; batches of {BATCH} and, for the large one, {LARGE_BATCH}.\n"
-    )
+    print(f"## Cost\n\n{machine(given.device)}.")
+    print(f"Medians (quartiles) of alternating runs; batches of {BATCH}, of the large model {LARGE_BATCH}.\n")
 
     print(f"### K continuations fork one prefix (bar: ratio at most {FORK_BAR})\n")
     rows = [*fork("words", words, 4, BATCH, budget), *fork("ten scales", large, 4, LARGE_BATCH, budget)]
