@@ -489,11 +489,11 @@ def _finished(plan: Plan, device: torch.device, dtype: str, width: int, calibrat
     return replace(plan, seconds=seconds, warnings=warnings)
 
 
-def in_bytes(value: float) -> str:
+def in_bytes(value: int | float) -> str:
     return f"{value / 1e9:.2f} GB" if value >= 1e8 else f"{value / 1e6:.1f} MB"
 
 
-def in_time(seconds: float) -> str:
+def in_time(seconds: int | float) -> str:
     hours, rest = divmod(round(seconds), 3600)
     if hours:
         return f"{hours} h {rest // 60} min"
