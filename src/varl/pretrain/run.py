@@ -17,7 +17,7 @@ from varl.checkpoints import run_state
 from varl.config import FolderConfig, NextScaleConfig, OptimConfig, PretrainConfig, WordsConfig
 from varl.data.folder import load_images, read_folder
 from varl.data.words import dataset, split, word_list
-from varl.errors import CheckpointError, ConfigError, NumericsError
+from varl.errors import ConfigError, NumericsError
 from varl.models.next_scale import NextScale
 from varl.pretrain.next_scale import token_loss
 from varl.pretrain.tokenizer import CodeAverages, batch_index, start_codebook, tokenizer_loss
@@ -111,6 +111,15 @@ def model_ids(prompts: Sequence[Prompt], config: NextScaleConfig) -> Int[Tensor,
     return torch.tensor([config.num_classes if p.label is None else p.label for p in prompts])
 
 
+def without_prompts(ids: Int[Tensor, "b ..."], config: PretrainConfig, step: int) -> Int[Tensor, "b ..."]:
+    """A share `drop_prompt` of the prompts made empty, so that the model also learns guidance's "none"."""
+    gone = torch.rand(len(ids), generator=generator(config.seed, "drop", step)) < config.drop_prompt
+    empty = model_ids([Prompt()], config.model).to(ids.device)
+    if ids.ndim == 2:
+        empty = nn.functional.pad(empty, (0, ids.shape[1] - empty.shape[1]))
+    return torch.where(gone.to(ids.device).view(-1, *[1] * (ids.ndim - 1)), empty, ids)
+
+
 class Work:
     """Pre-training in memory."""
 
@@ -119,6 +128,9 @@ class Work:
         self.device = model.pos_start.device
         self.tokenizer_steps = 0 if config.init else config.tokenizer_steps
         self.images, self.prompts, self.held_images, self.held_prompts = pictures(config)
+        for name, size in (("tokenizer_batch", config.tokenizer_batch), ("batch", config.batch)):
+            if size > len(self.images):
+                raise ConfigError(f"{name}={size}: there are {len(self.images)} training pictures. Set it to that or less, or give more.")
         self.done = Done()
         self.codes: CodeAverages | None = None
         convolutions = nn.ModuleDict({name: part for name, part in tokenizer.named_children() if name != "quantize"})
@@ -176,6 +188,11 @@ class Work:
         config, vq, optimizer = self.config, self.tokenizer, self.optimizers["tokenizer_optimizer"]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         warmup = round(config.warmup_share * config.tokenizer_steps)
+        if warmup >= config.tokenizer_steps:
+            raise ConfigError(
+                f"warmup_share={config.warmup_share:g} leaves none of tokenizer_steps={config.tokenizer_steps} to train the codebook. "
+                "Lower the share, or take more steps."
+            )
         while self.done.step < config.tokenizer_steps:
             step = self.done.step
             rng = generator(config.seed, "codes", step)
@@ -200,8 +217,6 @@ class Work:
                 return {"stage": "tokenizer", "pretrain/loss": float(loss.detach()), "pretrain/psnr": psnr, "pretrain/code_usage": used}
 
             self._finish_step(metrics, step + 1 == config.tokenizer_steps)
-        if self.codes is None and self.tokenizer_steps:
-            raise CheckpointError(f"{self.checkpoints}: a finished tokenizer without code averages. Start again in another folder.")
 
     # -- transformer -------------------------------------------------------------------------------------------------------------------
 
@@ -215,7 +230,7 @@ class Work:
             start, step = time.process_time(), self.done.step - self.tokenizer_steps
             set_lr(optimizer, self._factor(step))
             batch = batch_index(len(ids), config.batch, step, config.seed, "transformer")
-            dropped = self._drop(text[batch], step)
+            dropped = without_prompts(text[batch], config, step)
             with self._precision():
                 with torch.no_grad():
                     inputs = self.tokenizer.inputs(ids[batch])
@@ -242,16 +257,6 @@ class Work:
             warm = min(1.0, (step + 1) / max(config.optim.warmup_steps, 1))
             return warm * max(0.0, 1 - self.done.cpu_seconds / config.max_cpu_seconds)
         return lr_at(step, config.steps, config.optim)
-
-    def _drop(self, text: Tensor, step: int) -> Tensor:
-        """Some prompts made empty, so that the model also learns guidance's "none"."""
-        if not self.config.drop_prompt:
-            return text
-        gone = torch.rand(len(text), generator=generator(self.config.seed, "drop", step)) < self.config.drop_prompt
-        empty = model_ids([Prompt()], self.config.model).to(text.device)
-        if text.ndim == 2:
-            empty = nn.functional.pad(empty, (0, text.shape[1] - empty.shape[1]))
-        return torch.where(gone.to(text.device).view(-1, *[1] * (text.ndim - 1)), empty, text)
 
     @torch.no_grad()
     def _tokens(self, images: Tensor) -> Int[Tensor, "N L"]:

@@ -25,7 +25,7 @@ class CodeAverages:
 
     def update(self, asked: Float[Tensor, "n C"], ids: Int[Tensor, " n"], rng: torch.Generator) -> Float[Tensor, "V C"]:
         """The new codebook: each code the mean of what it stood for; dead codes restarted on random vectors that were asked for."""
-        count = torch.zeros_like(self.count).index_add_(0, ids, torch.ones(len(ids)))
+        count = torch.zeros_like(self.count).index_add_(0, ids, torch.ones_like(asked[:, 0]))
         total = torch.zeros_like(self.total).index_add_(0, ids, asked)
         self.count.lerp_(count, 1 - DECAY)
         self.total.lerp_(total, 1 - DECAY)
@@ -51,7 +51,7 @@ def start_codebook(vq: MultiScaleVQ, f: Float[Tensor, "B C h w"], rng: torch.Gen
         start += count
         ids = vq.quantize.nearest(asked).view(len(f), -1)
         f_hat = f_hat + vq.quantize.contribution(vq.quantize.embedding(ids), scale)
-    return CodeAverages(torch.ones(vocab), codes.clone())
+    return CodeAverages(torch.ones_like(codes[:, 0]), codes.clone())
 
 
 def batch_index(pictures: int, batch: int, step: int, seed: int, purpose: str) -> Int[Tensor, " b"]:

@@ -1,0 +1,241 @@
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from varl.checkpoints import next_scale as model_folder
+from varl.config import FolderConfig, NextScaleConfig, OptimConfig, PretrainConfig, TextConfig, TokenizerConfig, WordsConfig
+from varl.data.folder import write_folder
+from varl.data.words import split, word_list
+from varl.errors import ConfigError, DataError, NumericsError
+from varl.pretrain.run import model_ids, pictures, pretrain, without_prompts
+from varl.pretrain.tokenizer import DECAY, CodeAverages, batch_index
+from varl.rng import generator
+from varl.types import Prompt
+
+WORDS = "ACE ADD AGE AID AIM AIR ANT ARM ART ASH BAD BAG BAR BAT BED BEE BIG BIT BOX BUS CAB CAN CAP CAR CAT COW CUP DAY DOG EAR"
+MODEL = NextScaleConfig(
+    depth=1,
+    width=32,
+    heads=2,
+    grids=((1, 1), (1, 2), (2, 4)),
+    text=TextConfig(styles=("sans", "ink"), max_length=4),
+    tokenizer=TokenizerConfig(vocab=16, channels=4, width=16, multipliers=(1,), blocks=1, attention=False, patch=8),
+)
+TOKENIZER_STEPS, STEPS = 20, 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_step_is_logged():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("varl.pretrain.run.LOG_EVERY", 1)
+        patch.setattr("varl.pretrain.run.HELDOUT_PICTURES", 16)
+        yield
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> PretrainConfig:
+    words = tmp_path_factory.mktemp("words") / "words.txt"
+    words.write_text("\n".join(WORDS.split()))
+    return PretrainConfig(
+        model=MODEL,
+        data=WordsConfig(image_size=(16, 32), fonts=("sans",), palettes=("ink",), word_list=str(words), max_length=3, jitter=0),
+        pictures=32,
+        tokenizer_steps=TOKENIZER_STEPS,
+        tokenizer_batch=8,
+        steps=STEPS,
+        batch=8,
+        optim=OptimConfig(name="muon", lr=1e-2, schedule="linear"),
+        drop_prompt=0.2,
+        save_every=3,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory) -> Path:
+    """The directory of an unbroken pre-training."""
+    out = tmp_path_factory.mktemp("whole")
+    assert pretrain(config, out) == out / "model"
+    return out
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def files(out: Path) -> tuple[bytes, bytes]:
+    return (out / "model" / "model.safetensors").read_bytes(), (out / "model" / "tokenizer.safetensors").read_bytes()
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(step: int):
+    def tick(values):
+        if values["step"] == step:
+            raise Interrupted
+
+    return tick
+
+
+# ---- a whole one
+
+
+def test_both_phases_learn(whole):
+    lines = metrics(whole)
+    assert [line["step"] for line in lines] == list(range(1, TOKENIZER_STEPS + STEPS + 1))
+    assert [line["stage"] for line in lines] == ["tokenizer"] * TOKENIZER_STEPS + ["transformer"] * STEPS
+    tokenizer, transformer = lines[:TOKENIZER_STEPS], lines[TOKENIZER_STEPS:]
+    assert tokenizer[-1]["pretrain/psnr"] > tokenizer[0]["pretrain/psnr"] + 1
+    assert 0 < tokenizer[-1]["pretrain/code_usage"] <= 1
+    assert abs(transformer[0]["pretrain/heldout_loss"] - math.log(16)) < 1
+    assert transformer[-1]["pretrain/heldout_loss"] < transformer[0]["pretrain/heldout_loss"] - 0.1
+    sizes = [h * w for h, w in MODEL.grids]
+    by_scale = sum(transformer[-1][f"pretrain/heldout_loss_scale{s}"] * n for s, n in enumerate(sizes)) / sum(sizes)
+    assert transformer[-1]["pretrain/heldout_loss"] == pytest.approx(by_scale, rel=1e-5)
+    model, tokenizer = model_folder.load(whole / "model")
+    assert model.config == MODEL
+
+
+def test_interrupted_in_either_phase_it_ends_where_the_unbroken_one_does(config, whole, tmp_path):
+    warmup = round(config.warmup_share * TOKENIZER_STEPS)
+    for step in (2, warmup, warmup + 3, TOKENIZER_STEPS, TOKENIZER_STEPS + 1, TOKENIZER_STEPS + 6):
+        with pytest.raises(Interrupted):
+            pretrain(config, tmp_path, interrupt(step))
+    pretrain(config, tmp_path)
+    assert metrics(tmp_path) == metrics(whole)
+    assert files(tmp_path) == files(whole)
+
+
+def test_a_finished_one_is_left_as_it_is(config, whole):
+    before = metrics(whole), files(whole)
+    pretrain(config, whole)
+    assert (metrics(whole), files(whole)) == before
+
+
+def test_the_global_generator_is_left_alone(config, tmp_path):
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    with pytest.raises(Interrupted):
+        pretrain(config, tmp_path, interrupt(1))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# ---- what it is trained on
+
+
+def test_words_for_evaluation_and_for_rl_are_in_no_training_picture(config):
+    words = split(word_list(config.data), config.data)
+    images, said, held_images, held_said = pictures(config)
+    assert images.shape == (32, 3, 16, 32)
+    assert held_images.shape == (16, 3, 16, 32)
+    assert {p.text for p in said} <= set(words.pretrain)
+    assert {p.text for p in held_said} <= set(words.heldout)
+    assert not {p.text for p in said} & ({p.text for p in held_said} | set(words.rl))
+    assert len(words.heldout) > 0
+    assert len(words.rl) > 0
+
+
+def test_the_same_pictures_from_a_folder_train_the_same_model(config, whole, tmp_path):
+    images, said, held_images, held_said = pictures(config)
+    write_folder(tmp_path / "data", images, said)
+    write_folder(tmp_path / "heldout", held_images, held_said)
+    data = FolderConfig(path=str(tmp_path / "data"), heldout=str(tmp_path / "heldout"))
+    pretrain(replace(config, data=data), tmp_path / "run")
+    assert metrics(tmp_path / "run") == metrics(whole)
+    assert files(tmp_path / "run") == files(whole)
+
+
+def test_every_picture_once_before_any_comes_again():
+    order = torch.cat([batch_index(12, 4, step, 0, "tokenizer") for step in range(6)])
+    assert sorted(order[:12].tolist()) == sorted(order[12:].tolist()) == list(range(12))
+    assert order[:12].tolist() != order[12:].tolist()
+    assert torch.equal(batch_index(12, 4, 5, 0, "tokenizer"), order[20:])
+
+
+def test_dropped_prompts_are_the_empty_prompt(config):
+    ids = model_ids([Prompt(text="ACE", style=("sans", "ink")), Prompt(text="B")] * 50, MODEL)
+    empty = torch.nn.functional.pad(model_ids([Prompt()], MODEL), (0, 3))[0]
+    assert torch.equal(without_prompts(ids, replace(config, drop_prompt=0.0), 0), ids)
+    assert bool((without_prompts(ids, replace(config, drop_prompt=1.0), 0) == empty).all())
+    some = without_prompts(ids, replace(config, drop_prompt=0.5), 0)
+    gone = (some == empty).all(1)
+    assert 30 < int(gone.sum()) < 70
+    assert torch.equal(some[~gone], ids[~gone])
+    assert torch.equal(some, without_prompts(ids, replace(config, drop_prompt=0.5), 0))
+    assert not torch.equal(some, without_prompts(ids, replace(config, drop_prompt=0.5), 1))
+
+    classes = replace(config, model=replace(MODEL, text=None, num_classes=3), drop_prompt=1.0)
+    assert without_prompts(model_ids([Prompt(label=0), Prompt(label=2)], classes.model), classes, 0).tolist() == [3, 3]
+
+
+# ---- going on from a model
+
+
+def test_init_keeps_the_tokenizer_and_trains_the_transformer_on(config, whole, tmp_path):
+    on = replace(config, init=str(whole / "model"), steps=4, optim=OptimConfig(lr=1e-3))
+    pretrain(on, tmp_path)
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert {line["stage"] for line in lines} == {"transformer"}
+    assert lines[0]["pretrain/heldout_loss"] == pytest.approx(metrics(whole)[-1]["pretrain/heldout_loss"], abs=0.1)
+    assert files(tmp_path)[0] != files(whole)[0]
+    assert files(tmp_path)[1] == files(whole)[1]
+
+
+def test_init_of_another_shape_is_refused(config, whole, tmp_path):
+    with pytest.raises(ConfigError, match="holds a model of another config than `model`"):
+        pretrain(replace(config, init=str(whole / "model"), model=replace(MODEL, depth=2)), tmp_path)
+
+
+# ---- the codebook
+
+
+def test_code_averages_by_hand():
+    codes = CodeAverages(torch.tensor([1.0, 1.0]), torch.tensor([[2.0], [4.0]]))
+    asked, ids = torch.tensor([[3.0], [5.0], [6.0]]), torch.tensor([0, 0, 1])
+    book = codes.update(asked, ids, generator(0))
+    first = (DECAY * 2 + (1 - DECAY) * 8) / (DECAY * 1 + (1 - DECAY) * 2)
+    second = (DECAY * 4 + (1 - DECAY) * 6) / (DECAY * 1 + (1 - DECAY) * 1)
+    assert book[:, 0].tolist() == pytest.approx([first, second])
+
+
+def test_a_dead_code_is_put_on_a_vector_that_was_asked_for():
+    codes = CodeAverages(torch.tensor([1.0, 0.001]), torch.tensor([[2.0], [0.0]]))
+    asked = torch.tensor([[3.0], [5.0]])
+    book = codes.update(asked, torch.tensor([0, 0]), generator(0))
+    assert book[1].item() in (pytest.approx(3.0), pytest.approx(5.0))
+    assert codes.count[1] > 0.4
+
+
+# ---- errors
+
+
+def test_pictures_of_another_size_are_refused(config, tmp_path):
+    with pytest.raises(ConfigError, match=r"data.image_size=\(16, 64\), but the model's grids and stride make \(16, 32\)"):
+        pretrain(replace(config, data=replace(config.data, image_size=(16, 64))), tmp_path / "words")
+    write_folder(tmp_path / "data", torch.zeros(1, 3, 16, 64, dtype=torch.uint8), [Prompt(text="ACE")])
+    with pytest.raises(DataError, match=r"is 16x64 .*, must be 16x32"):
+        pretrain(replace(config, data=FolderConfig(path=str(tmp_path / "data"))), tmp_path / "folder")
+
+
+def test_more_pictures_a_batch_than_there_are_is_refused(config, tmp_path):
+    with pytest.raises(ConfigError, match="tokenizer_batch=33: there are 32 training pictures"):
+        pretrain(replace(config, tokenizer_batch=33), tmp_path / "a")
+    with pytest.raises(ConfigError, match="batch=40: there are 32 training pictures"):
+        pretrain(replace(config, batch=40), tmp_path / "b")
+
+
+def test_a_warm_up_without_end_is_refused(config, tmp_path):
+    with pytest.raises(ConfigError, match="warmup_share=1 leaves none of tokenizer_steps=20"):
+        pretrain(replace(config, warmup_share=1.0), tmp_path)
+
+
+def test_a_loss_that_is_no_number_stops_it(config, tmp_path):
+    with pytest.raises(NumericsError, match=r"pre-training step \d+: the loss is (nan|inf)"):
+        pretrain(replace(config, tokenizer_lr=1e30), tmp_path)
