@@ -444,17 +444,25 @@ def test_a_signal_finishes_the_step(tmp_path, number):
     assert signal.getsignal(number) is handler
 
 
-def test_ctrl_c_twice_does_not_wait(tmp_path):
-    def reward(images, prompts):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        return brightness(images, prompts)
+def insist(images, prompts):
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    return brightness(images, prompts)
 
+
+def test_ctrl_c_twice_does_not_wait(tmp_path):
     handler = signal.getsignal(signal.SIGINT)
-    t, told = trainer(tmp_path, reward=reward), []
+    t, told = trainer(tmp_path, reward=insist), []
     before = weights(t)
     with pytest.raises(KeyboardInterrupt):
         t.run(told.append)
     assert told == []
     assert same(before, weights(t))
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_under_torchrun_which_repeats_every_signal_the_step_is_finished(tmp_path):
+    t, told = trainer(tmp_path, reward=insist), []
+    t.world = World(rank=0, size=2)
+    assert t.run(told.append) == STOPPED
+    assert [m["step"] for m in told] == [1]

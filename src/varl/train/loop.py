@@ -295,7 +295,7 @@ class Trainer:
                 signal.signal(s, handler)
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        if self.stop_asked.is_set():
+        if self.stop_asked.is_set() and self.world.size == 1:  # torchrun passes on what every process has got already
             raise KeyboardInterrupt
         log.warning("%s: finishing this step, then saving", signal.Signals(number).name)
         self.stop_asked.set()
