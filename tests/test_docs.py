@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from test_architecture import MAY_IMPORT
 from varl.checkpoints import next_scale
 from varl.config import NextScaleConfig, RunConfig, TextConfig, TokenizerConfig
 from varl.data.folder import read_folder, write_folder
@@ -99,6 +100,13 @@ def test_names_of_code_are_there(page):
         assert file is not None, f"{page.name}: there is no {path}"
         defined = rf"^\s*(?:def|class) {name}\b|^{name}\b"
         assert not name or re.search(defined, file.read_text(encoding="utf-8"), re.M), f"{page.name}: {path} has no {name}"
+
+
+def test_the_table_of_rooms_is_the_one_that_is_enforced():
+    table = prose(ROOT / "docs" / "architecture.md").partition("| may import |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([\w, ]+) \|$", table, re.M)
+    said = {room: set(names.split(", ")) - {"nothing"} for room, names in rows}
+    assert said == {room: set(names.split()) for room, names in MAY_IMPORT.items() if room != "__init__"}
 
 
 @each_page
