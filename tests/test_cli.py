@@ -1,0 +1,200 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from PIL import Image
+
+from tiny import snapshot, status, write_config
+from varl.cli import RECIPES_HELP, Bar, command_line, load, measured_line, training_line
+from varl.config import GRPOConfig, PretrainConfig, RunConfig
+from varl.probe import model_identity
+from varl.recipes import describe, recipe
+from varl.settings import to_yaml
+
+COMMANDS = ["train", "pretrain", "sample", "eval", "report", "compare", "plan", "probe", "doctor", "parity", "demo", "convert"]
+INTERRUPTING = """
+import signal
+asked = 0
+
+def reward(images, prompts):
+    global asked
+    asked += 1
+    if asked == 3:  # two chunks a step: in the second step
+        signal.raise_signal(signal.SIGINT)
+    return images.mean((1, 2, 3))
+"""
+
+
+# ---- without torch ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_help_comes_without_torch():
+    code = "import sys\nfrom varl.cli import main\ntry:\n    main(['--help'])\nfinally:\n    assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capfd):
+    assert status(command, "--help") == 0
+    assert "Usage" in capfd.readouterr().out
+
+
+def test_recipes_are_listed_in_help():
+    for name, line in describe().items():
+        assert f"{name}  {line}" in RECIPES_HELP
+
+
+def test_a_recipe_and_its_yaml_are_the_same_config(tmp_path):
+    for name in ("grpo/words_cpu", "pretrain/words_cpu"):
+        file = tmp_path / "config.yaml"
+        file.write_text(to_yaml(recipe(name)))
+        assert load(str(file), ["seed=3"]) == load(name, ["seed=3"])
+        assert load(name, ["seed=3"]).seed == 3
+
+
+def test_a_file_says_itself_what_it_is_for(tmp_path):
+    file = tmp_path / "x.yml"
+    file.write_text("model: m\nalgorithm: {kind: grpo}")
+    assert load(str(file), ["algorithm.beta=1"]) == RunConfig(model="m", algorithm=GRPOConfig(beta=1.0))
+    file.write_text("model: {num_classes: 10}")
+    assert isinstance(load(str(file), []), PretrainConfig)
+
+
+def test_the_command_is_quoted_for_a_shell(tmp_path, monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    said = command_line("train", "a b.yaml", ["train.optim.betas=[0.5, 0.6]"], tmp_path)
+    assert said == f"varl train 'a b.yaml' --set 'train.optim.betas=[0.5, 0.6]' --out {tmp_path}"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert command_line("train", "r", None, tmp_path) == f"torchrun --nproc-per-node 4 -m varl.cli train r --out {tmp_path}"
+
+
+def test_the_line_of_a_step():
+    metrics = {"step": 3, "reward": 0.5, "rewards/ocr/word_accuracy/mean": 0.25, "images_per_second": 12.34, "seconds/total": 2.0}
+    phases = {"seconds/rollout": 0.5, "seconds/decode": 0.1, "seconds/reward_wait": 0.0, "seconds/train": 1.0}
+    assert training_line(metrics | phases) == "reward 0.500  words 25%  12.3 images/s  rollout 25% decode 5% reward 0% train 50%"
+    assert training_line({"step": 1, "reward": None}) == ""
+    assert measured_line({"step": 3, "pretrain/psnr": 21.234, "pretrain/loss": 0.5, "phase": "tokenizer"}) == "psnr 21.2  loss 0.5"
+
+
+def test_a_resumed_run_is_not_taken_for_a_fast_one(capfd):
+    with Bar(100, measured_line, shown=True) as bar:
+        bar.tick({"step": 90, "loss": 1.0})
+        assert bar.task is not None
+        task = bar.progress.tasks[0]
+        assert (task.completed, task.total) == (90, 100)
+        assert task.speed is None
+    assert "step 90/100  loss 1" in capfd.readouterr().err
+
+
+def test_a_quiet_bar_says_nothing(capfd):
+    with Bar(3, measured_line, shown=False) as bar:
+        bar.tick({"step": 1, "loss": 1.0})
+    assert capfd.readouterr() == ("", "")
+
+
+# ---- a run, from first to last ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run that Ctrl-C stopped in its second step, and what was said."""
+    folder = tmp_path_factory.mktemp("cli run")
+    (folder / "mine.py").write_text(INTERRUPTING)
+    file = write_config(folder)
+    config = yaml.safe_load(file.read_text())
+    config["rewards"] = {"bright": {"reward": {"kind": "python", "target": f"{folder}/mine.py:reward"}}}
+    file.write_text(yaml.safe_dump(config))
+    arguments = ["train", file, "--set", "train.steps=3", "--out", folder / "out", "--quiet"]
+    assert status(*arguments) == 0
+    return folder, arguments
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(made, capfd):
+    folder, arguments = made
+    out = folder / "out"
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2]
+    assert (out / "command.txt").read_text() == f"varl train '{folder}/run.yaml' --set train.steps=3 --out '{out}'\n"
+    assert "To go on" not in capfd.readouterr().out
+    assert status(*arguments) == 0
+    said = capfd.readouterr().out
+    assert "all 3 steps done; 3 steps, 24 pictures judged\n" in said
+    assert f"model   {out}/model\n" in said
+    assert f"report  {out}/report.html\n" in said
+    assert "To go on" not in said
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+
+
+def test_a_run_that_is_done_stays_as_it_is(made):
+    folder, arguments = made
+    before = snapshot(folder / "out" / "model")
+    assert status(*arguments) == 0
+    kept = snapshot(folder / "out" / "model")
+    assert kept["model.safetensors"] == before["model.safetensors"]
+
+
+def test_a_probe_of_the_same_model_warns(made, capfd):
+    folder, arguments = made
+    bounds = {"panw_alpha": 0.7, "panw_alpha_range": [0.6, 0.8], "num_generations": None}
+    probe = {"model": model_identity(folder / "base"), "recommend": bounds, "grids": [[1, 1], [1, 2], [2, 4]], "cost": {}}
+    (folder / "probe.json").write_text(json.dumps(probe))
+    assert status(*arguments) == 0
+    said = capfd.readouterr().err
+    assert said.startswith("warning: panw_alpha")
+    assert "probe.json" in said
+    (folder / "probe.json").write_text(json.dumps(probe | {"model": "another"}))
+    assert status(*arguments) == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_the_same_seed_draws_the_same_pictures(made, tmp_path, capfd):
+    model = made[0] / "base"
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        wanted = ["--prompt", "CAT", "--prompt", "DOG", "--style", "mono,sea", "-n", 2, "--temperature", 0.9, "--top-k", 8]
+        assert status("sample", model, *wanted, "--seed", seed, "--out", tmp_path / f"new/{name}.png") == 0
+    a, b, c = ((tmp_path / f"new/{name}.png").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+    assert Image.open(tmp_path / "new/a.png").format == "PNG"
+    assert capfd.readouterr().out.splitlines()[0] == str(tmp_path / "new/a.png")
+
+
+def test_prompts_of_a_folder_and_the_model_of_a_run(made, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"text": "CAT"}\n{"text": "DOG"}\n')
+    assert status("sample", made[0] / "out", "--prompts", tmp_path, "-n", 1, "--out", tmp_path / "x.png") == 0
+    assert Image.open(tmp_path / "x.png").size[0] > 2 * 256
+
+
+def test_evaluation_of_a_run_and_of_a_model(made, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for target, file in ((made[0] / "out", made[0] / "out" / "eval.json"), (made[0] / "base", tmp_path / "eval.json")):
+        assert status("eval", target, "--samples", 4, "--temperatures", "1.0,0.5") == 0
+        found = json.loads(file.read_text())
+        assert [row["temperature"] for row in found["rows"]] == [1.0, 0.5]
+        assert all(0 <= row["word_accuracy"] <= 1 and row["failed"] == 0 for row in found["rows"])
+        assert "word accuracy" in capfd.readouterr().out
+
+
+def test_reports(made, capfd):
+    out = made[0] / "out"
+    assert status("report", out) == 0
+    assert capfd.readouterr().out == f"{out}/report.html\n"
+    assert status("compare", out, out) == 0
+    assert "The configurations agree." in capfd.readouterr().out
+    assert (made[0] / "compare.html").is_file()
+
+
+def test_plan_says_what_is_missing(made, capfd):
+    assert status("plan", made[0] / "run.yaml") == 0
+    assert "nothing is missing" in capfd.readouterr().out
+    assert status("plan", made[0] / "run.yaml", "--set", "model=nowhere") == 2
+    assert capfd.readouterr().out.startswith("problem     model='nowhere'")
+
+
+def test_parity_without_a_case_fails(tmp_path):
+    assert status("parity", tmp_path) == 1
