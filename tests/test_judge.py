@@ -91,7 +91,6 @@ SHORT_PART.parts["x"] = torch.zeros(1)
         (torch.zeros(3, 1), r"value is \[3, 1\]"),
         (0.5, "value is float"),
         (SHORT_PART, r"parts\['x'\] is \[1\]"),
-        (Judgement(value=torch.zeros(3), region_value=torch.zeros(3, 3)), r"region_value is \[3, 3\], must be a tensor of shape \[3, 2\]"),
     ],
 )
 def test_a_wrong_shape_is_an_error(answer, says, judge):
@@ -121,7 +120,7 @@ def test_a_reward_of_weight_zero_is_only_watched(judge):
 
 def test_parts_keep_their_names():
     inner = Judgement(value=torch.zeros(3), parts={"ned": torch.ones(3)})
-    assert set(combine({"ocr": (2.0, inner)}, PROMPTS).parts) == {"ocr", "ocr/ned"}
+    assert set(combine({"ocr": (2.0, inner)}).parts) == {"ocr", "ocr/ned"}
 
 
 LOCAL = Judgement(
@@ -133,27 +132,39 @@ LOCAL = Judgement(
 
 
 def test_one_local_reward_keeps_its_shares():
-    told = combine({"ocr": (2.0, LOCAL)}, PROMPTS)
+    told = combine({"ocr": (2.0, LOCAL)})
     same(told.region_value, [[2.0, NAN], [1.0, 0.5], [NAN, NAN]])
     assert torch.equal(told.region_box, LOCAL.region_box)
     assert told.found == LOCAL.found
 
 
 def test_a_global_reward_is_spread_evenly_and_regions_still_sum_to_value():
-    told = combine({"look": (1.0, Judgement(value=torch.tensor([10.0, 20.0, 30.0]))), "ocr": (2.0, LOCAL)}, PROMPTS)
+    told = combine({"look": (1.0, Judgement(value=torch.tensor([10.0, 20.0, 30.0]))), "ocr": (2.0, LOCAL)})
     same(told.value, [12.0, 21.5, NAN])
     same(told.region_value, [[12.0, NAN], [11.0, 10.5], [NAN, NAN]])
     assert torch.equal(told.region_value[:2].nansum(1), told.value[:2])
 
 
 def test_local_rewards_add_up_region_by_region():
-    same(combine({"a": (1.0, LOCAL), "b": (3.0, LOCAL)}, PROMPTS).region_value, [[4.0, NAN], [2.0, 1.0], [NAN, NAN]])
+    same(combine({"a": (1.0, LOCAL), "b": (3.0, LOCAL)}).region_value, [[4.0, NAN], [2.0, 1.0], [NAN, NAN]])
 
 
 def test_a_local_reward_of_weight_zero_says_nowhere():
-    told = combine({"look": (1.0, Judgement(value=torch.ones(3))), "ocr": (0.0, LOCAL)}, PROMPTS)
+    told = combine({"look": (1.0, Judgement(value=torch.ones(3))), "ocr": (0.0, LOCAL)})
     assert told.region_value is None
     same(told.value, [1.0, 1.0, 1.0])
+
+
+def test_regions_need_not_be_the_prompts():
+    letters = Judgement(value=torch.tensor([1.0, 0.5, 0.0]), region_value=torch.tensor([[0.5, 0.5, NAN], [0.25, 0.25, 0.0], [0.0, NAN, NAN]]))
+    told = combine({"ocr": (1.0, letters), "look": (1.0, Judgement(value=torch.tensor([2.0, 3.0, 4.0])))})
+    same(told.region_value, [[1.5, 1.5, NAN], [1.25, 1.25, 1.0], [4.0, NAN, NAN]])
+
+
+def test_rewards_of_different_regions_do_not_add_up():
+    other = Judgement(value=torch.zeros(3), region_value=torch.zeros(3, 3))
+    with pytest.raises(RewardError, match="different numbers of regions"):
+        combine({"a": (1.0, LOCAL), "b": (1.0, other)})
 
 
 # ---- in the background ------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,10 @@ def judge_now(fn: RewardFn, images: Float[Tensor, "B 3 H W"], prompts: Sequence[
     for name, part in judgement.parts.items():
         _demand(fn, f"parts[{name!r}]", part, (count,))
     if judgement.region_value is not None:
-        _demand(fn, "region_value", judgement.region_value, (count, max(len(prompt.regions) for prompt in prompts)))
+        regions = judgement.region_value.shape[-1]
+        _demand(fn, "region_value", judgement.region_value, (count, regions))
+        if judgement.region_box is not None:
+            _demand(fn, "region_box", judgement.region_box, (count, regions, 4))
     value = _plain(judgement.value)
     value = torch.where(value.isfinite(), value, torch.nan)
     region_value = judgement.region_value
@@ -51,36 +54,39 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().float().cpu()
 
 
-def combine(judgements: Mapping[str, tuple[float, Judgement]], prompts: Sequence[Prompt]) -> Judgement:
+def combine(judgements: Mapping[str, tuple[float, Judgement]]) -> Judgement:
     """The weighted sum of named judgements: value = sum_i w_i value_i, and NaN where a reward of non-zero weight failed.
 
     parts: `name` is that reward's value, `name/part` its parts, all before weights. Regions: a reward that says where keeps its own shares,
-    one that does not gives each region of the picture an equal share, so that regions still sum to value; where no reward says where,
-    region_value is None. Boxes and what was read are those of the first reward that has them."""
-    regions = torch.tensor([len(prompt.regions) for prompt in prompts])
-    local = any(weight and judgement.region_value is not None for weight, judgement in judgements.values())
-    value = torch.zeros(len(prompts))
-    region_value = torch.zeros(len(prompts), int(regions.max())) if local else None
-    parts = {}
-    for name, (weight, judgement) in judgements.items():
-        parts |= {name: judgement.value, **{f"{name}/{part}": tensor for part, tensor in judgement.parts.items()}}
-        if weight == 0:
-            continue
-        value = value + weight * judgement.value
-        if region_value is not None:
-            share = judgement.region_value
-            if share is None:
-                share = (judgement.value / regions)[:, None].expand_as(region_value)
-            region_value = region_value + weight * share
-    if region_value is not None:
-        beyond = torch.arange(region_value.shape[1]) >= regions[:, None]
-        region_value = region_value.masked_fill(beyond | value.isnan()[:, None], torch.nan)
+    one that does not gives each of the picture's regions an equal share, so that regions still sum to value; rewards that say where must
+    mean the same regions; where none says where, region_value is None. Boxes and what was read are those of the first reward that has
+    them, boxes by preference of one that says where."""
     every = [judgement for _, judgement in judgements.values()]
+    local = [(weight, judgement) for weight, judgement in judgements.values() if weight and judgement.region_value is not None]
+    value = sum((weight * judgement.value for weight, judgement in judgements.values() if weight), torch.zeros(len(every[0].value)))
+    parts = {}
+    for name, (_, judgement) in judgements.items():
+        parts |= {name: judgement.value, **{f"{name}/{part}": tensor for part, tensor in judgement.parts.items()}}
+    shapes = {tuple(judgement.region_value.shape) for _, judgement in local if judgement.region_value is not None}
+    if len(shapes) > 1:
+        raise RewardError(f"rewards {', '.join(judgements)} divide pictures into different numbers of regions: {sorted(shapes)}. Use one.")
+    region_value = None
+    if local:
+        first = local[0][1].region_value
+        assert first is not None
+        there = ~first.isnan()
+        beside = value - sum((weight * judgement.value for weight, judgement in local), torch.zeros_like(value))
+        region_value = (beside / there.sum(1).clamp(min=1))[:, None].expand_as(first)
+        for weight, judgement in local:
+            assert judgement.region_value is not None
+            region_value = region_value + weight * judgement.region_value
+        region_value = region_value.masked_fill(~there | value.isnan()[:, None], torch.nan)
+    boxed = [judgement for _, judgement in local if judgement.region_box is not None] or [j for j in every if j.region_box is not None]
     return Judgement(
         value=value,
         parts=parts,
         region_value=region_value,
-        region_box=next((judgement.region_box for judgement in every if judgement.region_box is not None), None),
+        region_box=boxed[0].region_box if boxed else None,
         found=next((judgement.found for judgement in every if judgement.found is not None), None),
     )
 
@@ -116,9 +122,7 @@ class RewardJudge:
         """Asks every reward now, and answers later."""
         drawn = torch.cuda.current_stream(images.device).record_event() if images.is_cuda else None
         asked = {name: self._askers[name].submit(self._ask, name, images, prompts, drawn) for name in self.parts}
-        return self._adder.submit(
-            lambda: combine({name: (self.parts[name][0], future.result()) for name, future in asked.items()}, prompts)
-        )
+        return self._adder.submit(lambda: combine({name: (self.parts[name][0], future.result()) for name, future in asked.items()}))
 
     @torch.no_grad()
     def _ask(self, name: str, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt], drawn: Any) -> Judgement:
