@@ -6,8 +6,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from tiny import snapshot, status, write_config
-from varl.cli import RECIPES_HELP, Bar, command_line, load, measured_line, training_line
+from tiny import save_tiny, status, write_config
+from varl.cli import RECIPES_HELP, Bar, command_line, load, measured_line, training_line, warn_against_probes
 from varl.config import GRPOConfig, PretrainConfig, RunConfig
 from varl.probe import model_identity
 from varl.recipes import describe, recipe
@@ -130,25 +130,19 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(made, capfd):
     assert steps == [1, 2, 3]
 
 
-def test_a_run_that_is_done_stays_as_it_is(made):
-    folder, arguments = made
-    before = snapshot(folder / "out" / "model")
-    assert status(*arguments) == 0
-    kept = snapshot(folder / "out" / "model")
-    assert kept["model.safetensors"] == before["model.safetensors"]
-
-
-def test_a_probe_of_the_same_model_warns(made, capfd):
-    folder, arguments = made
+def test_a_probe_of_the_same_model_warns(tmp_path, capfd):
+    """Beside the run, wherever it lies; one of another model says nothing."""
+    base = save_tiny(tmp_path / "base")
+    config = RunConfig(model=str(base), algorithm=GRPOConfig(panw_alpha=0.0))
     bounds = {"panw_alpha": 0.7, "panw_alpha_range": [0.6, 0.8], "num_generations": None}
-    probe = {"model": model_identity(folder / "base"), "recommend": bounds, "grids": [[1, 1], [1, 2], [2, 4]], "cost": {}}
-    (folder / "probe.json").write_text(json.dumps(probe))
-    assert status(*arguments) == 0
+    probe = {"model": model_identity(base), "recommend": bounds, "grids": [[1, 1], [1, 2], [2, 4]], "cost": {}}
+    (tmp_path / "probe.json").write_text(json.dumps(probe))
+    warn_against_probes(config, tmp_path / "out", None)
     said = capfd.readouterr().err
     assert said.startswith("warning: panw_alpha")
-    assert "probe.json" in said
-    (folder / "probe.json").write_text(json.dumps(probe | {"model": "another"}))
-    assert status(*arguments) == 0
+    assert f"({tmp_path}/probe.json)" in said
+    (tmp_path / "probe.json").write_text(json.dumps(probe | {"model": "another"}))
+    warn_against_probes(config, tmp_path / "out", None)
     assert capfd.readouterr().err == ""
 
 
