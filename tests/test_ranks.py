@@ -49,7 +49,7 @@ def test_two_ranks_are_one(home, name):
             if isinstance(value, float):
                 assert b[metric] == pytest.approx(value, rel=1e-5, abs=1e-6), metric
     weights, base = load_file(alone / "model" / "model.safetensors"), load_file(home / "base" / "model.safetensors")
-    assert max(float((tensor - base[name]).abs().max()) for name, tensor in weights.items()) > 1e-3
+    assert max(float((tensor - base[name]).abs().max()) for name, tensor in weights.items()) > 1e-4
     torch.testing.assert_close(load_file(both / "model" / "model.safetensors"), weights, rtol=0, atol=1e-5)
     for picture in (alone / "pictures").rglob("step-000000/*.png"):
         assert picture.read_bytes() == (both / picture.relative_to(alone)).read_bytes()
