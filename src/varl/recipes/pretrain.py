@@ -16,18 +16,18 @@ def words_model() -> NextScaleConfig:
 
 
 def words_cpu() -> PretrainConfig:
-    """The base model of the words demo, as bundled: about 25 minutes on one core."""
+    """The base model of the words demo, as bundled: four minutes on one core. It stops where its 600 pictures have little more to teach."""
     return PretrainConfig(
         name="pretrain/words_cpu",
         model=words_model(),
         data=WORDS,
-        pictures=2000,
+        pictures=600,
         tokenizer_steps=1200,
         warmup_share=0.4,
-        steps=900,
+        steps=300,
         batch=16,
         optim=OptimConfig(name="muon", lr=3e-3, schedule="linear", warmup_steps=10),
-        save_every=250,
+        save_every=100,
     )
 
 
