@@ -9,7 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations
 
 import torch
@@ -32,6 +32,7 @@ from varl.eval.gradients import (
     best_weights,
     cosine,
     estimate,
+    first_tokens,
     means,
     moments,
     noise_shares,
@@ -124,7 +125,7 @@ class Bench:
         self.train(rollout)
         now = self.timed("train", now)
         for m in self.trees if number < TIMED else ():
-            self.train(rollout_prefix(rollout, int(self.sizes[0, :m].sum())))
+            self.train(first_tokens(rollout, int(self.sizes[0, :m].sum())))
             now = self.timed(f"train first {m}", now)
         scores = step_scores(self.policy, rollout, rollout.step, self.steps, self.projection)
         advantages = (leave_one_out(value), group_advantages(value, "group"), value.nan_to_num())
@@ -170,11 +171,6 @@ class Bench:
         tree.likeness.append(
             torch.stack([torch.cosine_similarity(by_key[copies, mode], by_key[copies, MEAN]).mean() for copies, mode in VMR])
         )
-
-
-def rollout_prefix(rollout: Rollout, tokens: int) -> Rollout:
-    names = ("actions", "logp", "step", "sampled")
-    return replace(rollout, **{name: getattr(rollout, name)[:, :tokens] for name in names})
 
 
 def prefix_gradient(value: Tensor, scores: Tensor) -> Tensor:

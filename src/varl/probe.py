@@ -27,6 +27,7 @@ from varl.eval.gradients import (
     Estimate,
     Moments,
     Projection,
+    alignment,
     batch_gradient,
     best_group,
     continuation_noise,
@@ -50,7 +51,7 @@ PROMPTS, GROUP = 2, 16
 PREFIXES, CONTINUATIONS = 8, 4
 """Of each of NESTED_PROMPTS, in a round of nested sampling."""
 NESTED_PROMPTS = 4
-NESTED_EVERY = 2
+NESTED_EVERY = 4
 """Rounds between two rounds of nested sampling."""
 LEAST_ROUNDS = 6
 ALPHAS = (0.0, 0.3, 0.6, 0.7, 0.8, 1.0, 1.2)
@@ -109,7 +110,7 @@ class Probe:
         return len(self.gradients) * PROMPTS * GROUP + nested
 
     def round(self) -> None:
-        """One more batch of the pool, and in every other round nested sampling at the next m."""
+        """One more batch of the pool, and now and then nested sampling at the next m."""
         self.plain(self.rounds)
         turn, rest = divmod(self.rounds, NESTED_EVERY)
         if self.nested and rest == 0:
@@ -291,16 +292,14 @@ class Compared:
 
 def compared(m: Moments, weights: Mapping[Any, Float[Tensor, " S"]]) -> dict[Any, Compared]:
     plain = torch.ones(m.pairs.shape[1])
-    ratios = {key: rho2_ratio(m, w, plain, plain) for key, w in weights.items()}
-    best = weights[max(ratios, key=lambda key: ratios[key].value)]
-    return {key: Compared(to_plain=ratios[key], to_best=rho2_ratio(m, w, best, plain)) for key, w in weights.items()}
+    best = max(weights.values(), key=lambda w: alignment(m, w, plain)[0].item())
+    return {key: Compared(to_plain=rho2_ratio(m, w, plain, plain), to_best=rho2_ratio(m, w, best, plain)) for key, w in weights.items()}
 
 
 def mildest(rows: Mapping[Any, Compared], plain: Any) -> Any | None:
     """The first that has nearly the best's progress and is told apart from the plain gradient; None if there is none. Rows come mildest
     first."""
-    near = NEAR * max(row.to_plain.value for row in rows.values())
-    return next((key for key, row in rows.items() if key != plain and row.helps and row.to_plain.value >= near), None)
+    return next((key for key, row in rows.items() if key != plain and row.helps and row.to_best.value >= NEAR), None)
 
 
 def as_range(rows: Mapping[Any, Compared]) -> list[Any]:
@@ -408,7 +407,7 @@ def say_signal(ratio: Estimate, needed: Estimate, batch: int, alpha: float | Non
 
 def say_alpha(alphas: Mapping[float, Compared], alpha: float | None) -> str:
     if alpha is None:
-        best = max(alphas, key=lambda key: alphas[key].to_plain.value)
+        best = max(alphas, key=lambda key: alphas[key].to_best.value)
         return (
             f"panw_alpha: no exponent was told apart from plain GRPO (best {best:g}: progress per batch x{span(alphas[best].to_plain)}). "
             "0.7 is the usual choice, unproven here."
@@ -423,7 +422,7 @@ def say_alpha(alphas: Mapping[float, Compared], alpha: float | None) -> str:
 def say_prefix(prefixes: Mapping[int, Compared], cut: int | None, nested: Mapping[int, Settled], quarter: int | None) -> list[str]:
     if cut is not None:
         return [f"Training the first {cut} steps only: progress per batch x{span(prefixes[cut].to_plain)} over all steps, at alpha 0."]
-    best = max((m for m in prefixes if m < max(prefixes)), key=lambda m: prefixes[m].to_plain.value, default=None)
+    best = max((m for m in prefixes if m < max(prefixes)), key=lambda m: prefixes[m].to_best.value, default=None)
     if best is None:
         return []
     middle = (

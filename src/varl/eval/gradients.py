@@ -11,13 +11,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from varl.rng import generator
-from varl.types import Policy, Prompt, Rollout
+from varl.types import BranchingPolicy, Policy, Prompt, Rollout
 
 # ---- scores ---------------------------------------------------------------------------------------------------------------------------
 
@@ -82,22 +82,42 @@ class Linears(TorchFunctionMode):
 def step_scores(
     policy: Policy, rollout: Rollout, part: Int[Tensor, "B L"], parts: int, projection: Projection
 ) -> Float[Tensor, "B parts D"]:
-    """Gradient of the summed log-probs of each row's tokens in each part (a step, or any other grouping of tokens), projected. One
-    training pass forward, and one backward per part that stops at the linear layers' outputs. A layer that does not see one input per row
+    """Gradient of the summed log-probs of each row's tokens in each part (a step, or any other grouping of tokens), projected. Forward
+    over the tokens up to the part's last step, backward to the linear layers' outputs. A layer that does not see one input per row
     is left out: with guidance, those that encode the prompt."""
     numbered = tuple(
         NumberedPrompt(**{f.name: getattr(prompt, f.name) for f in fields(Prompt)}, row=row) for row, prompt in enumerate(rollout.prompts)
     )
-    with torch.enable_grad(), Linears(projection, len(rollout)) as seen:
-        logp = policy.score(replace(rollout, prompts=numbered, state=None)).logp
-    out = torch.zeros(len(rollout), parts, projection.width, device=logp.device)
+    rollout = replace(rollout, prompts=numbered, state=None)
+    out = torch.zeros(len(rollout), parts, projection.width, device=rollout.logp.device)
+    by_length: dict[int, list[int]] = {}
     for number in part.unique().tolist():
-        total = (logp * (part == number).to(logp.device)).sum()
-        deltas = torch.autograd.grad(total, seen.outputs, retain_graph=True, allow_unused=True)
-        for (stretch, project), delta in zip(seen.projectors, deltas, strict=True):
-            if delta is not None:
-                out[:, number, stretch] += project(delta)
+        by_length.setdefault(tokens_until(policy, rollout, part == number), []).append(number)
+    for tokens, numbers in by_length.items():
+        some = first_tokens(rollout, tokens)
+        with torch.enable_grad(), Linears(projection, len(some)) as seen:
+            logp = policy.score(some).logp
+        for number in numbers:
+            total = (logp * (part[:, :tokens] == number).to(logp.device)).sum()
+            deltas = torch.autograd.grad(total, seen.outputs, retain_graph=number != numbers[-1], allow_unused=True)
+            for (stretch, project), delta in zip(seen.projectors, deltas, strict=True):
+                if delta is not None:
+                    out[:, number, stretch] += project(delta)
     return out
+
+
+def tokens_until(policy: Policy, rollout: Rollout, where: Bool[Tensor, "B L"]) -> int:
+    """How many tokens the last step of `where` needs to be scored: all, unless the policy scores half-drawn pictures, in step order."""
+    if not isinstance(policy, BranchingPolicy):
+        return rollout.step.shape[1]
+    return int((rollout.step[0] <= rollout.step[where.to(rollout.step.device)].max()).sum())
+
+
+def first_tokens(rollout: Rollout, tokens: int) -> Rollout:
+    """The half-drawn picture of so many tokens."""
+    names = ("actions", "logp", "step", "sampled", "sample_logp")
+    cut = {name: getattr(rollout, name)[:, :tokens] for name in names if getattr(rollout, name) is not None}
+    return replace(rollout, **cut, state=None)
 
 
 def batch_gradient(advantage: Float[Tensor, " B"], scores: Float[Tensor, "B S D"]) -> Float[Tensor, "S D"]:
@@ -236,17 +256,24 @@ def estimate(replicate: Float[Tensor, " M"]) -> Estimate:
 
 def paired_ratio(numerator: Float[Tensor, " M"], denominator: Float[Tensor, " M"]) -> Estimate:
     """numerator / denominator on the same batches, with Fieller's interval: all R for which numerator - R denominator is not significantly
-    different from 0. Unlike an interval around the ratio or its logarithm it stays right where the denominator is hardly known; where that
-    is not distinguishable from 0 nothing is known, and the interval is (-inf, inf)."""
+    different from 0. Unlike an interval around the ratio or its logarithm it stays right where the denominator is hardly known. The
+    denominator is known not to be negative: where it is not told apart from 0 the ratio has no upper end, and where the numerator is not
+    either, nothing is known: (-inf, inf)."""
     a, b = numerator[0].item(), denominator[0].item()
     if torch.equal(numerator, denominator):
         return Estimate(value=1.0, low=1.0, high=1.0)
     (aa, ab), (_, bb) = (student(len(numerator) - 2) ** 2 * covariance(numerator, denominator)).tolist()
     square, half, rest = b * b - bb, a * b - ab, a * a - aa
-    if square <= 0:
-        return Estimate(value=a / b if b else math.nan, low=-math.inf, high=math.inf)
+    value = a / b if b > 0 else math.copysign(math.inf, a)
     reach = math.sqrt(max(half * half - square * rest, 0.0))
-    return Estimate(value=a / b, low=(half - reach) / square, high=(half + reach) / square)
+    if square > 0:
+        return Estimate(value=value, low=(half - reach) / square, high=(half + reach) / square)
+    if rest <= 0:
+        return Estimate(value=value, low=-math.inf, high=math.inf)
+    # the roots lie on either side of 0; `reach` outweighs `half`
+    if a > 0:
+        return Estimate(value=value, low=(half - reach) / square if square else rest / (2 * half), high=math.inf)
+    return Estimate(value=value, low=-math.inf, high=(half + reach) / square if square else rest / (2 * half))
 
 
 def rho2_ratio(m: Moments, w: Float[Tensor, " S"], v: Float[Tensor, " S"], reference: Float[Tensor, " S"]) -> Estimate:
