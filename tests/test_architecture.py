@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "pretrain": "config rng errors models tokenizers types data checkpoints train policies eval",
     "recipes": "config errors",
 }
-JOIN = {"build", "cli", "demo", "plan", "probe", "run"}
+JOIN = {"build", "cli", "demo", "doctor", "plan", "probe", "run", "sample"}
 """Files that join the rooms may import all of them; no room imports these."""
 NO_TORCH = {"config", "errors", "settings", "recipes", "report", "cli"}
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -156,7 +156,8 @@ def test_a_local_reward_of_weight_zero_says_nowhere():
 
 
 def test_regions_need_not_be_the_prompts():
-    letters = Judgement(value=torch.tensor([1.0, 0.5, 0.0]), region_value=torch.tensor([[0.5, 0.5, NAN], [0.25, 0.25, 0.0], [0.0, NAN, NAN]]))
+    shares = torch.tensor([[0.5, 0.5, NAN], [0.25, 0.25, 0.0], [0.0, NAN, NAN]])
+    letters = Judgement(value=torch.tensor([1.0, 0.5, 0.0]), region_value=shares)
     told = combine({"ocr": (1.0, letters), "look": (1.0, Judgement(value=torch.tensor([2.0, 3.0, 4.0])))})
     same(told.region_value, [[1.5, 1.5, NAN], [1.25, 1.25, 1.0], [4.0, NAN, NAN]])
 

@@ -132,7 +132,7 @@ class Bar:
             TimeRemainingColumn(),
         )
         self.progress = Progress(*columns, TextColumn("{task.fields[says]}"), console=err_console, disable=not shown)
-        self.total, self.says, self.shown, self.task, self.last = total, says, shown, None, 0.0
+        self.total, self.says, self.shown, self.task, self.phase, self.last = total, says, shown, None, "", 0.0
 
     def __enter__(self) -> "Bar":
         self.progress.start()
@@ -143,12 +143,15 @@ class Bar:
 
     def tick(self, metrics: Mapping[str, Any]) -> None:
         step, says = int(metrics["step"]), self.says(metrics)
-        if self.task is None:  # a resumed run starts in the middle, which must not look like speed
-            self.task = self.progress.add_task("step", total=self.total, completed=step, says=says)
+        phase, total = str(metrics.get("phase", "step")), metrics.get("total", self.total)
+        if self.task is None or phase != self.phase:  # a resumed run starts in the middle, which must not look like speed
+            if self.task is not None:
+                self.progress.remove_task(self.task)
+            self.phase, self.task = phase, self.progress.add_task(phase, total=total, completed=step, says=says)
         self.progress.update(self.task, completed=step, says=says)
         if self.shown and not err_console.is_terminal and time.monotonic() - self.last > LINE_EVERY:
             self.last = time.monotonic()
-            typer.echo(f"step {step}{f'/{self.total}' if self.total else ''}  {says}", err=True)
+            typer.echo(f"{phase} {step}{f'/{total}' if total else ''}  {says}", err=True)
 
 
 def training_line(metrics: Mapping[str, Any]) -> str:
@@ -426,7 +429,7 @@ def demo(out: Annotated[Path, typer.Option("--out")] = Path("runs/demo"), seed: 
 
     folder = run_folder(out, "demo")
     with Bar(None, lambda metrics: training_line(metrics) or measured_line(metrics), shown=not quiet) as bar:
-        found = run(folder, seed, typer.echo, bar.tick)
+        found = run(folder, seed, err_console.print, bar.tick)
     typer.echo(f"report  {found / 'report.html'}")
 
 

@@ -161,7 +161,8 @@ class GRPOConfig:
     def __post_init__(self) -> None:
         if self.num_generations < 2:
             raise ConfigError(
-                f"grpo.num_generations={self.num_generations}: a group of one is its own baseline, every advantage is 0. Set it to 2 or more."
+                f"grpo.num_generations={self.num_generations}: a group of one is its own baseline, every advantage is 0. "
+                "Set it to 2 or more."
             )
         if self.importance_sampling_level not in ("token", "step", "sequence"):
             raise ConfigError(f"grpo.importance_sampling_level={self.importance_sampling_level!r}: use token, step or sequence.")
@@ -200,7 +201,7 @@ class VARRLConfig:
     num_continuations: int = 1
     """K, completions from each prefix. Measured: at equal scored images K = 1 is never worse."""
     middle_return: Literal["mean", "log_mean_exp", "importance"] = "mean"
-    """mean is the unbiased full-horizon prefix gradient; log_mean_exp is the paper's Eq. 10; importance corrects it for a fixed old policy."""
+    """mean is the unbiased full-horizon prefix gradient; log_mean_exp the paper's Eq. 10; importance corrects it for a fixed old policy."""
     eta: float = 1.0
     """Temperature of the soft value."""
     prefix_updates: int = 3

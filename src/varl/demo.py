@@ -5,6 +5,7 @@ Every part leaves its result in the run directory, so that the same command goes
 import dataclasses
 import json
 import logging
+import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -45,19 +46,18 @@ Tick = Callable[[Mapping[str, Any]], None]
 def demo(out: Path, seed: int = 0, say: Say = log.info, tick: Tick = lambda metrics: None) -> Path:
     """`out`/report.html and `out`/summary.json."""
     config = dataclasses.replace(var_rl.words_cpu(), seed=seed)
+    torch.set_num_threads(max(1, available_cores() - 1))  # one core is the reader's
     assert isinstance(config.data, WordsConfig)
     engine, why = choose_engine("auto")
     say(f"reward: {why}")
     second = "rapidocr" if engine == "tesseract" else None
     if second is None:
         say("second judge: none, because both places would be taken by the same engine")
-    out.mkdir(parents=True, exist_ok=True)
-
     say("1/4  the base model, before")
     before = evaluate(model_path(config.model), config, out / "eval" / "before", engine, second)
     say(f"     word accuracy {before['T1.0']['word_accuracy']:.3f} at temperature 1")
     say(f"2/4  post-training: {config.train.steps} steps")
-    outcome = train(config, out, tick)
+    outcome = train(config, out, lambda metrics: tick({**metrics, "phase": "post-training", "total": config.train.steps}))
     if not outcome.done:
         return out
     trained = load_notes(outcome.model)
@@ -65,8 +65,12 @@ def demo(out: Path, seed: int = 0, say: Say = log.info, tick: Tick = lambda metr
     say(f"     word accuracy {after['T1.0']['word_accuracy']:.3f} at temperature 1")
     say(f"3/4  control: the base trained on for the same CPU time ({trained['cpu_seconds']:.0f} s)")
     cpu = float(trained["cpu_seconds"])
-    with threads(torch.get_num_threads() + 1):
-        on = pretrain(control_config(str(model_path(config.model)), cpu, seed), out / "continued", tick)
+    with threads(available_cores()):
+        on = pretrain(
+            control_config(str(model_path(config.model)), cpu, seed),
+            out / "continued",
+            lambda metrics: tick({**metrics, "phase": "control"}),
+        )
     control = evaluate(on, config, out / "eval" / "continued", engine, second)
     say("4/4  report")
     summary = summarise(config, before, after, control, trained, engine, second)
@@ -77,7 +81,7 @@ def demo(out: Path, seed: int = 0, say: Say = log.info, tick: Tick = lambda metr
 
 
 def control_config(base: str, cpu_seconds: float, seed: int) -> PretrainConfig:
-    """The control of post-training: the base trained on, on its own pictures, for so much CPU time. Half the learning rate, then down to 0."""
+    """The control of post-training: the base trained on, on its own pictures, for so much CPU time, at half the rate, then down to 0."""
     words = pretrain_recipes.words_cpu()
     optim = dataclasses.replace(words.optim, lr=words.optim.lr / 2, muon_lr=words.optim.muon_lr / 2)
     return dataclasses.replace(
@@ -226,6 +230,10 @@ def write_atomic(file: Path, text: str) -> None:
     beside = file.with_name(f"{file.name}.tmp")
     beside.write_text(text)
     beside.replace(file)
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """All that crosses from one room to another: a prompt, what a policy did, how it was judged, what to learn from it.
 
-A picture is a trajectory of token actions laid out on steps. Letters: B rollouts, P prompts, G group, K completions, L image tokens, S steps
-(raster index, scale, or unmasking round), R text regions, V vocabulary, D width, H W pixels."""
+A picture is a trajectory of token actions laid out on steps. Letters: B rollouts, P prompts, G group, K completions, L image tokens,
+S steps (raster index, scale, or unmasking round), R text regions, V vocabulary, D width, H W pixels."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -197,9 +197,13 @@ class TrainBatch(_Batch):
 class Policy(Protocol):
     """A model and its tokenizer, as something that acts, scores what it did, and shows it."""
 
-    module: nn.Module
-    """What is trained; every parameter that requires grad."""
-    layout: Layout
+    @property
+    def module(self) -> nn.Module:
+        """What is trained; every parameter that requires grad."""
+        ...
+
+    @property
+    def layout(self) -> Layout: ...
 
     def rollout(self, prompts: Sequence[Prompt], rng: Stream) -> Rollout:
         """Draw one picture per prompt from the sample law. No grad."""

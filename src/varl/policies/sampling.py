@@ -55,7 +55,8 @@ def draw(logp: Float[Tensor, "*B V"], uniform: Float[Tensor, "*B"]) -> Int[Tenso
     # scaled by the rounded total, and kept below it, so that rounding never falls off the end
     total = cdf[..., -1:]
     target = torch.minimum(uniform.unsqueeze(-1) * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cdf, target, right=True).squeeze(-1)
+    # a law of NaN draws the last token: the loop names it, where an index outside the vocabulary would crash first
+    return torch.searchsorted(cdf, target, right=True).squeeze(-1).clamp(max=logp.shape[-1] - 1)
 
 
 def token_scores(logp: Float[Tensor, "*B V"], ids: Int[Tensor, "*B"]) -> tuple[Float[Tensor, "*B"], Float[Tensor, "*B"]]:
