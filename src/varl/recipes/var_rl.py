@@ -15,11 +15,14 @@ def words_cpu() -> RunConfig:
         rewards={"ocr": WeightedReward(reward=OCRConfig(score="letters"))},
         algorithm=VARRLConfig(
             grpo=GRPOConfig(num_generations=16, panw_alpha=0.7, region_credit=True, beta=0.0, loss_type="dapo"),
-            middle_step=MiddleStep(index=4),
+            # at 90 tokens the whole picture is the best prefix: PANW already gives the coarse scales their weight
+            middle_step=MiddleStep(resolution=1.0),
             num_continuations=1,
+            prefix_updates=1,
+            suffix_updates=0,
         ),
-        train=TrainConfig(steps=300, prompts_per_step=6, optim=OptimConfig(lr=3e-4, warmup_steps=5, schedule="linear")),
-        eval=EvalConfig(every=50, samples=64),
+        train=TrainConfig(steps=220, prompts_per_step=6, image_every=20, optim=OptimConfig(lr=1.5e-4, warmup_steps=10, schedule="linear")),
+        eval=EvalConfig(every=55, samples=64),
     )
 
 
