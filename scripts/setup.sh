@@ -20,7 +20,11 @@ if [ "$(cat $venv/.installed 2>/dev/null)" != "$want" ]; then
   echo "$want" > $venv/.installed
 fi
 # Tesseract's language data is a 4 MB system package. Without it VARL falls back to the OCR engine that pip brings, and says so.
-if ! ls "${TESSDATA_PREFIX:-/nonexistent}"/eng.traineddata /usr/share/tesseract-ocr/*/tessdata/eng.traineddata /usr/share/tessdata/eng.traineddata >/dev/null 2>&1; then
+have=
+for folder in "${TESSDATA_PREFIX:-/usr/share/tessdata}" /usr/share/tesseract-ocr/*/tessdata /usr/share/tessdata /usr/local/share/tessdata /opt/homebrew/share/tessdata; do
+  [ ! -f "$folder/eng.traineddata" ] || have=yes
+done
+if [ -z "$have" ]; then
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     echo "installing tesseract-ocr-eng (language data of the OCR reward)"
     (apt-get install -y -qq tesseract-ocr-eng || { apt-get update -qq && apt-get install -y -qq tesseract-ocr-eng; }) >/dev/null 2>&1 ||
