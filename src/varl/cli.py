@@ -430,6 +430,16 @@ def demo(out: Annotated[Path, typer.Option("--out")] = Path("runs/demo"), seed: 
     folder = run_folder(out, "demo")
     with Bar(None, lambda metrics: training_line(metrics) or measured_line(metrics), shown=not quiet) as bar:
         found = run(folder, seed, err_console.print, bar.tick)
+    if not (found / "summary.json").exists():
+        typer.echo(f"stopped and saved; the same command goes on: varl demo --out {shlex.quote(str(folder))} --seed {seed}")
+        return
+    summary = json.loads((found / "summary.json").read_text())
+    for name in ("word_accuracy", "word_accuracy_{}_best_temperature", "second_judge", "token_diversity"):
+        key = name if "{}" in name else name + "_{}"
+        before, after = summary[key.format("before")], summary[key.format("after")]
+        if before is not None:
+            typer.echo(f"{key.format('before').replace('_before', '')}  {before:.3f} -> {after:.3f}")
+    typer.echo(f"continued_pretraining  {summary['continued_pretraining']:.3f}")
     typer.echo(f"report  {found / 'report.html'}")
 
 

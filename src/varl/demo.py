@@ -5,14 +5,10 @@ Every part leaves its result in the run directory, so that the same command goes
 import dataclasses
 import json
 import logging
-import os
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from varl.build import build_prompts, model_path, with_law
 from varl.checkpoints import next_scale as model_folder
@@ -46,7 +42,6 @@ Tick = Callable[[Mapping[str, Any]], None]
 def demo(out: Path, seed: int = 0, say: Say = log.info, tick: Tick = lambda metrics: None) -> Path:
     """`out`/report.html and `out`/summary.json."""
     config = dataclasses.replace(var_rl.words_cpu(), seed=seed)
-    torch.set_num_threads(max(1, available_cores() - 1))  # one core is the reader's
     assert isinstance(config.data, WordsConfig)
     engine, why = choose_engine("auto")
     say(f"reward: {why}")
@@ -65,12 +60,9 @@ def demo(out: Path, seed: int = 0, say: Say = log.info, tick: Tick = lambda metr
     say(f"     word accuracy {after['T1.0']['word_accuracy']:.3f} at temperature 1")
     say(f"3/4  control: the base trained on for the same CPU time ({trained['cpu_seconds']:.0f} s)")
     cpu = float(trained["cpu_seconds"])
-    with threads(available_cores()):
-        on = pretrain(
-            control_config(str(model_path(config.model)), cpu, seed),
-            out / "continued",
-            lambda metrics: tick({**metrics, "phase": "control"}),
-        )
+    on = pretrain(
+        control_config(str(model_path(config.model)), cpu, seed), out / "continued", lambda metrics: tick({**metrics, "phase": "control"})
+    )
     control = evaluate(on, config, out / "eval" / "continued", engine, second)
     say("4/4  report")
     summary = summarise(config, before, after, control, trained, engine, second)
@@ -230,17 +222,3 @@ def write_atomic(file: Path, text: str) -> None:
     beside = file.with_name(f"{file.name}.tmp")
     beside.write_text(text)
     beside.replace(file)
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -16,7 +16,7 @@ def words_model() -> NextScaleConfig:
 
 
 def words_cpu() -> PretrainConfig:
-    """The base model of the words demo, as bundled: four minutes on one core. It stops early on purpose: what is left to learn is left to RL."""
+    """The bundled base model of the words demo: four minutes on one core. It stops early on purpose, to leave something to RL."""
     return PretrainConfig(
         name="pretrain/words_cpu",
         model=words_model(),
