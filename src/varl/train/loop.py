@@ -10,7 +10,8 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +65,7 @@ class Progress:
 
 @dataclass(slots=True)
 class Clock:
-    """Seconds by phase of one update."""
+    """Seconds by phase of one update. Drawing goes on beside training, so phases may sum to more than the whole."""
 
     phases: dict[str, float] = field(default_factory=dict)
 
@@ -112,7 +113,7 @@ class Trainer:
         prompts, slots = self.prompts(step)
         rng = Stream(seed=self.seed, path=("rollout", step), rows=tuple(slots))
         timed = TimedPolicy(self.policy, clock)
-        pieces: Iterable[TrainBatch] = self.algorithm.collect(timed, prompts, TimedJudge(self.judge, clock), rng, step)
+        pieces: Iterable[TrainBatch] = ahead(self.algorithm.collect(timed, prompts, TimedJudge(self.judge, clock), rng, step))
         tally, norms = Tally(), []
         for iteration in range(self.algorithm.num_iterations):
             kept = []
@@ -299,6 +300,16 @@ class Trainer:
             raise KeyboardInterrupt
         log.warning("%s: finishing this step, then saving", signal.Signals(number).name)
         self.stop_asked.set()
+
+
+def ahead(pieces: Iterator[TrainBatch]) -> Iterator[TrainBatch]:
+    """The same pieces in the same order, each made by another thread while the one before it is trained on: the weights do not move
+    meanwhile, so the numbers are the same. On a CPU it keeps a second core busy; on a GPU the two threads share its queue."""
+    with ThreadPoolExecutor(1, thread_name_prefix="draw") as drawer:
+        coming = drawer.submit(next, pieces, None)
+        while (piece := coming.result()) is not None:
+            coming = drawer.submit(next, pieces, None)
+            yield piece
 
 
 class TimedPolicy:
