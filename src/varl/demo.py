@@ -5,6 +5,7 @@ Every part leaves its result in the run directory, so that the same command goes
 import dataclasses
 import json
 import logging
+import shlex
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -52,6 +53,7 @@ def demo(out: Path, seed: int = 0, say: Say = log.info, tick: Tick = lambda metr
     before = evaluate(model_path(config.model), config, out / "eval" / "before", engine, second)
     say(f"     word accuracy {before['T1.0']['word_accuracy']:.3f} at temperature 1")
     say(f"2/4  post-training: {config.train.steps} steps")
+    write_atomic(out / "command.txt", f"varl demo --out {shlex.quote(str(out))} --seed {seed}\n")
     outcome = train(config, out, lambda metrics: tick({**metrics, "phase": "post-training", "total": config.train.steps}))
     if not outcome.done:
         return out
