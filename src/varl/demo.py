@@ -5,11 +5,15 @@ Every part leaves its result in the run directory, so that the same command goes
 import dataclasses
 import json
 import logging
+import os
 import shlex
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from varl.build import build_prompts, model_path, with_law
 from varl.checkpoints import next_scale as model_folder
@@ -54,7 +58,8 @@ def demo(out: Path, seed: int = 0, say: Say = log.info, tick: Tick = lambda metr
     say(f"     word accuracy {before['T1.0']['word_accuracy']:.3f} at temperature 1")
     say(f"2/4  post-training: {config.train.steps} steps")
     write_atomic(out / "command.txt", f"varl demo --out {shlex.quote(str(out))} --seed {seed}\n")
-    outcome = train(config, out, lambda metrics: tick({**metrics, "phase": "post-training", "total": config.train.steps}))
+    with threads(max(1, available_cores() // 2)):  # drawing and training run side by side, beside the reader
+        outcome = train(config, out, lambda metrics: tick({**metrics, "phase": "post-training", "total": config.train.steps}))
     if not outcome.done:
         return out
     trained = load_notes(outcome.model)
@@ -62,9 +67,12 @@ def demo(out: Path, seed: int = 0, say: Say = log.info, tick: Tick = lambda metr
     say(f"     word accuracy {after['T1.0']['word_accuracy']:.3f} at temperature 1")
     say(f"3/4  control: the base trained on for the same CPU time ({trained['cpu_seconds']:.0f} s)")
     cpu = float(trained["cpu_seconds"])
-    on = pretrain(
-        control_config(str(model_path(config.model)), cpu, seed), out / "continued", lambda metrics: tick({**metrics, "phase": "control"})
-    )
+    with threads(available_cores()):
+        on = pretrain(
+            control_config(str(model_path(config.model)), cpu, seed),
+            out / "continued",
+            lambda metrics: tick({**metrics, "phase": "control"}),
+        )
     control = evaluate(on, config, out / "eval" / "continued", engine, second)
     say("4/4  report")
     summary = summarise(config, before, after, control, trained, engine, second)
@@ -224,3 +232,17 @@ def write_atomic(file: Path, text: str) -> None:
     beside = file.with_name(f"{file.name}.tmp")
     beside.write_text(text)
     beside.replace(file)
+
+
+def available_cores() -> int:
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
