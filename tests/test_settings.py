@@ -147,7 +147,7 @@ BASE = RunConfig(model="m", algorithm=VARRLConfig())
         ("train.steps=", "train.steps=None: expected a whole number."),
         ("train.steps.x=1", "train.steps={'x': 1}: expected a whole number."),
         ("train.max_seconds=true", "train.max_seconds=True: expected a number."),
-        ("algorithm.region_credit=1", "algorithm.region_credit=1: expected true or false."),
+        ("algorithm.tree_reuse=1", "algorithm.tree_reuse=1: expected true or false."),
         ("model=3", "model=3: expected a string."),
         ("train.optim.betas=[0.9]", "train.optim.betas=[0.9]: expected a list [a number, a number]."),
         ("score_law.cfg_scale=5", "score_law.cfg_scale=5: expected a list, each item a number."),
