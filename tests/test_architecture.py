@@ -100,8 +100,6 @@ def test_what_no_file_does(path):
 
 @pytest.mark.parametrize("module", sorted(NO_TORCH))
 def test_what_must_start_fast_starts_without_torch(module):
-    if not (SOURCE / f"{module}.py").exists() and not (SOURCE / module / "__init__.py").exists():
-        pytest.skip(f"varl.{module} is not written yet")
     code = f"import varl.{module}, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
 
