@@ -7,6 +7,7 @@ from torch import nn
 from tiny import TINY, save_tiny, word_file
 from varl.build import new_model
 from varl.config import (
+    EvalConfig,
     FolderConfig,
     GRPOConfig,
     LawConfig,
@@ -20,6 +21,7 @@ from varl.config import (
     WeightedReward,
     WordsConfig,
 )
+from varl.data.folder import write_folder
 from varl.plan import (
     autoencoder_cost,
     cost,
@@ -34,6 +36,7 @@ from varl.plan import (
     without_memory,
 )
 from varl.train.optim import build_optimizer
+from varl.types import Prompt
 
 TOKENS, PREFIX = 11, 3
 """Of the tiny model, and of its first two scales."""
@@ -163,6 +166,17 @@ def test_memory_by_hand(config):
     assert half["activations"] * 2 == plain["activations"]
 
 
+def test_the_next_chunk_is_drawn_while_one_is_trained_on(config):
+    """Two chunks of one group of 4 are held at once; of a single chunk, drawn and then trained on, the larger part."""
+    cache = 2 * TINY.depth * TINY.width * TOKENS * 4 * 4
+    two = plan(config, calibrate=False).memory
+    assert two["key-value cache"] == cache
+    assert "activations" in two
+    one = plan(replace(config, algorithm=replace(config.algorithm, rollouts_per_chunk=8)), calibrate=False).memory
+    assert one.keys() == two.keys() - {"key-value cache"}
+    assert one["activations"] == two["activations"] > 2 * cache
+
+
 def test_no_weight_is_read(config, tmp_path):
     """Weights replaced by as many other bytes: loading them fails, a plan does not look at them."""
     folder = save_tiny(tmp_path / "base")
@@ -206,6 +220,20 @@ def test_what_the_model_cannot_do_is_a_problem(config):
 def test_a_folder_that_is_not_there(config):
     found = plan(replace(config, data=FolderConfig(path="no/train", heldout="no/heldout")), calibrate=False)
     assert [problem.split(":")[0] for problem in found.problems] == ["data folder 'no/heldout'", "data folder 'no/train'"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there(config):
+    found = plan(replace(config, train=replace(config.train, device="cuda")))
+    (problem,) = found.problems
+    assert problem.startswith("device='cuda': there is no CUDA device here")
+    assert plan(PretrainConfig(model=TINY, data=config.data, device="cuda"), calibrate=False).problems == (problem,)
+
+
+def test_evaluation_without_prompts_for_it(config, tmp_path):
+    write_folder(tmp_path, None, [Prompt(text="ACE")])
+    (problem,) = plan(replace(config, data=FolderConfig(path=str(tmp_path)), eval=EvalConfig(every=5)), calibrate=False).problems
+    assert problem.startswith("eval.every=5, but the data holds no prompts for evaluation")
 
 
 @pytest.mark.parametrize(

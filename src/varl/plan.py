@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from varl.data.folder import read_folder
 from varl.data.fonts import load_font
 from varl.data.words import PALETTES, split, word_list
 from varl.data.words import prompts as word_prompts
-from varl.errors import CheckpointError, VarlError
+from varl.errors import CheckpointError, ConfigError, VarlError
 from varl.models.next_scale import NextScale
 from varl.policies.next_scale import NextScalePolicy
 from varl.policies.sampling import CHUNK_ELEMENTS
@@ -51,6 +51,7 @@ LOGIT_COPIES = 3
 PROMPTS_TRIED = 64
 """Prompts of drawn words that are given to the encoder; of a folder, all are."""
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -105,11 +106,11 @@ def plan(config: RunConfig | PretrainConfig, *, calibrate: bool = True) -> Plan:
 
         memory = weights 4N + gradients 4N + optimizer (AdamW 8N, Muon 4 per weight of a matrix inside blocks) + tokenizer 4N'
                + reference 4N + moving average 4N                                                    where there are any
-               + the larger of
-                 rollout   key-value cache 2 x depth x width x L x rows x (4, bf16 2), rows doubled by guidance
-                 training  what autograd saves in one micro-batch (counted; half in bf16), and 3 copies of a chunk of logits
+               + rollout   key-value cache 2 x depth x width x L x rows x (4, bf16 2), rows doubled by guidance
+               + training  what autograd saves in one micro-batch (counted; half in bf16), and 3 copies of a chunk of logits
 
-    N parameters, L tokens of a picture; bytes. Operations are counted by torch on the meta device, a training pass as 3 forward passes."""
+    N parameters, L tokens of a picture; bytes. Of rollout and training only the larger where a step is one chunk: else the next chunk is
+    drawn while one is trained on. Operations are counted by torch on the meta device, a training pass as 3 forward passes."""
     if isinstance(config, PretrainConfig):
         return _of_pretraining(config, calibrate)
     return _of_run(config, calibrate)
@@ -184,24 +185,30 @@ def optimizer_bytes(module: nn.Module, config: OptimConfig) -> int:
 
 
 def matmul_speed(device: torch.device, dtype: torch.dtype, width: int, seconds: float = 0.2) -> float:
-    """Floating-point operations per second of products [1024, width] x [width, 4 width]."""
+    """Floating-point operations per second of products [1024, width] x [width, 4 width]: of the fastest ten of those made in `seconds`, so
+    that other work on the machine does not count."""
     a, b = torch.ones(1024, width, device=device, dtype=dtype), torch.ones(width, 4 * width, device=device, dtype=dtype)
 
-    def timed(times: int) -> float:
+    def timed() -> float:
         start = time.perf_counter()
-        for _ in range(times):
+        for _ in range(10):
             torch.mm(a, b)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
-    timed(1)
-    times = max(1, int(seconds / 2 / timed(1)))
-    return times * 2 * 1024 * width * 4 * width / timed(times)
+    timed()
+    end, taken = time.perf_counter() + seconds, [timed()]
+    while time.perf_counter() < end:
+        taken.append(timed())
+    return 10 * 2 * 1024 * width * 4 * width / min(taken)
 
 
 def device_of(name: str) -> torch.device:
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+    """Where a run with this `device` setting happens."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device='cuda': there is no CUDA device here, or this torch is built without CUDA. Use cpu, or auto.")
+    return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
 
 
 def device_memory(device: torch.device) -> int:
@@ -216,19 +223,22 @@ def device_memory(device: torch.device) -> int:
 def _of_run(config: RunConfig, calibrate: bool) -> Plan:
     problems: list[str] = []
     warnings: list[str] = []
-    model_config = _try(problems, lambda: _model_config(config.model))
+    device = _try(problems, device_of, config.train.device) or torch.device("cpu")
+    model_config = _try(problems, _model_config, config.model)
     prompts, heldout = _data(problems, config.data, "rl")
-    rewards = [_try(problems, lambda part=part, name=name: _reward(name, part.reward)) for name, part in config.rewards.items()]
+    rewards = [_try(problems, _reward, name, part.reward) for name, part in config.rewards.items()]
+    if config.eval.every and isinstance(config.data, FolderConfig) and not config.data.heldout:
+        problems.append(f"eval.every={config.eval.every}, but the data holds no prompts for evaluation. Set data.heldout, or eval.every=0.")
     if config.eval.every and heldout is not None and config.eval.samples > heldout:
         warnings.append(f"eval.samples={config.eval.samples}, but there are {heldout} held-out prompts or words: some come more than once.")
     said = tuple(line for line in rewards if line)
     if model_config is None:
         return Plan(problems=tuple(problems), warnings=tuple(warnings), rewards=said)
     model, tokenizer = without_memory(model_config)
-    policy = _try(problems, lambda: NextScalePolicy(model, tokenizer, sample_law=config.sample_law, score_law=config.score_law))
+    policy = _try(problems, NextScalePolicy, model, tokenizer, sample_law=config.sample_law, score_law=config.score_law)
     _check_prompts(problems, prompts, model_config)
-    algorithm = None if policy is None else _try(problems, lambda: build_algorithm(config.algorithm, policy))
-    m = _try(problems, lambda: algorithm.middle(policy.layout)) if policy and isinstance(algorithm, VARRL) else None
+    algorithm = None if policy is None else _try(problems, build_algorithm, config.algorithm, policy)
+    m = _try(problems, algorithm.middle, policy.layout) if policy and isinstance(algorithm, VARRL) else None
     if isinstance(config.data, WordsConfig) and config.data.image_size != model_config.image_size:
         warnings.append(
             f"data.image_size={config.data.image_size}, but the model draws {model_config.image_size}: "
@@ -237,7 +247,6 @@ def _of_run(config: RunConfig, calibrate: bool) -> Plan:
     if algorithm is None or (isinstance(algorithm, VARRL) and m is None):
         return Plan(problems=tuple(problems), warnings=tuple(warnings), rewards=said, grids=model_config.grids)
     updates = _updates(config, model, tokenizer, m)
-    device = device_of(config.train.device)
     memory = _memory(config, model, tokenizer, m)
     plan = Plan(
         problems=tuple(problems),
@@ -309,9 +318,12 @@ def _memory(config: RunConfig, model: NextScale, tokenizer: MultiScaleVQ, m: int
         "reference": weights * needs_reference(algorithm),
         "moving average": weights * (config.train.ema_decay > 0),
     }
-    cache = 2 * c.depth * c.width * model.ends[-1] * chunk * guided * size
+    cache = {"key-value cache": 2 * c.depth * c.width * model.ends[-1] * chunk * guided * size}
     rows = min(config.train.rollouts_per_backward, chunk) * (2 if config.score_law.guided else 1)
-    return _with_larger(memory, cache, _training_bytes(model, scales, rows, size))
+    training = _training_bytes(model, scales, rows, size)
+    if chunk < config.train.prompts_per_step * group:  # the next chunk is drawn while one is trained on
+        return _held(memory | cache | training)
+    return _held(memory | max(cache, training, key=lambda part: sum(part.values())))
 
 
 def _training_bytes(model: NextScale, scales: int, rows: int, size: int) -> dict[str, int]:
@@ -320,9 +332,8 @@ def _training_bytes(model: NextScale, scales: int, rows: int, size: int) -> dict
     return {"activations": rows * transformer_cost(model, scales).saved * size // 4, "logits": LOGIT_COPIES * 4 * logits}
 
 
-def _with_larger(memory: dict[str, int], cache: int, training: dict[str, int]) -> dict[str, int]:
-    more = training if sum(training.values()) >= cache else {"key-value cache": cache}
-    return {name: size for name, size in (memory | more).items() if size}
+def _held(memory: dict[str, int]) -> dict[str, int]:
+    return {name: size for name, size in memory.items() if size}
 
 
 def _doubts(config: RunConfig, updates: Sequence[Update]) -> list[str]:
@@ -358,8 +369,9 @@ def _doubts(config: RunConfig, updates: Sequence[Update]) -> list[str]:
 
 def _of_pretraining(config: PretrainConfig, calibrate: bool) -> Plan:
     problems: list[str] = []
+    device = _try(problems, device_of, config.device) or torch.device("cpu")
     if config.init is not None:
-        found = _try(problems, lambda: _model_config(str(config.init)))
+        found = _try(problems, _model_config, config.init)
         if found not in (None, config.model):
             problems.append(f"init={config.init!r} holds a model of another config than `model`. Copy `model` from its config.yaml.")
     _check_prompts(problems, _data(problems, config.data, "pretrain")[0], config.model)
@@ -396,14 +408,13 @@ def _of_pretraining(config: PretrainConfig, calibrate: bool) -> Plan:
         "optimizer": optimizer_bytes(model, config.optim),
         "tokenizer, its gradients and optimizer": 16 * weights_of(tokenizer),
     }
-    device = device_of(config.device)
+    tokenizer_phase = {"activations": config.tokenizer_batch * picture.saved * size // 4}
+    transformer_phase = _training_bytes(model, len(model.ends), config.batch, size)
     plan = Plan(
         problems=tuple(problems),
         grids=config.model.grids,
         parameters={"transformer": weights_of(model), "tokenizer": weights_of(tokenizer)},
-        memory=_with_larger(
-            memory, config.tokenizer_batch * picture.saved * size // 4, _training_bytes(model, len(model.ends), config.batch, size)
-        ),
+        memory=_held(memory | max(tokenizer_phase, transformer_phase, key=lambda part: sum(part.values()))),
         available=device_memory(device),
         updates=tuple(update for update in updates if update.count),
     )
@@ -413,10 +424,10 @@ def _of_pretraining(config: PretrainConfig, calibrate: bool) -> Plan:
 # ---- what is missing --------------------------------------------------------------------------------------------------------------------
 
 
-def _try(problems: list[str], fn: Callable[[], T]) -> T | None:
+def _try(problems: list[str], fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
     """What `fn` returns; where it cannot, its error joins the problems."""
     try:
-        return fn()
+        return fn(*args, **kwargs)
     except VarlError as error:
         if str(error) not in problems:
             problems.append(str(error))
@@ -438,16 +449,16 @@ def _data(problems: list[str], data: DataConfig, part: str) -> tuple[Sequence[Pr
     """Some of the prompts that the run will see, and the number of held-out prompts or words; None where there are none to speak of. Every
     face, palette, list and folder that is missing joins the problems."""
     if isinstance(data, FolderConfig):
-        held = _try(problems, lambda: read_folder(str(data.heldout))) if data.heldout else None
-        return _try(problems, lambda: read_folder(data.path)) or (), None if held is None else len(held)
+        held = _try(problems, read_folder, data.heldout) if data.heldout else None
+        return _try(problems, read_folder, data.path) or (), None if held is None else len(held)
     known = len(problems)
     for name in data.fonts:
-        _try(problems, lambda name=name: load_font(name, 12))
+        _try(problems, load_font, name, 12)
     problems += [f"palette {name!r}: unknown. Known: {', '.join(PALETTES)}." for name in data.palettes if name not in PALETTES]
     words = _try(problems, lambda: split(word_list(data), data))
     if words is None:
         return (), None
-    some = None if len(problems) > known else _try(problems, lambda: word_prompts(getattr(words, part), data, PROMPTS_TRIED, data.seed))
+    some = None if len(problems) > known else _try(problems, word_prompts, getattr(words, part), data, PROMPTS_TRIED, data.seed)
     return some or (), len(words.heldout)
 
 
@@ -455,7 +466,7 @@ def _check_prompts(problems: list[str], prompts: Sequence[Prompt], model: NextSc
     """Whether the encoder knows every character and attribute."""
     text = model.text
     if text is not None and prompts:
-        _try(problems, lambda: encode_text([p.text for p in prompts], [p.style for p in prompts], text))
+        _try(problems, encode_text, [p.text for p in prompts], [p.style for p in prompts], text)
 
 
 def _reward(name: str, config: RewardConfig) -> str:
