@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from varl.checkpoints.folder import load_config, load_tensors, save_model, strict_load
 from varl.checkpoints.run_state import load, load_latest, save
 from varl.config import OptimConfig
 from varl.errors import CheckpointError
@@ -39,7 +40,8 @@ def same(a, b) -> bool:
     if type(a) is not type(b):
         return False
     if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and a.reshape(-1).view(torch.uint8).equal(b.reshape(-1).view(torch.uint8))
+        x, y = (t.reshape(-1).contiguous().view(torch.uint8) for t in (a, b))
+        return a.dtype == b.dtype and a.shape == b.shape and x.equal(y)
     if isinstance(a, dict):
         return list(a) == list(b) and all(type(x) is type(y) and same(a[x], b[y]) for x, y in zip(a, b, strict=True))
     if isinstance(a, list | tuple):
@@ -51,7 +53,8 @@ def test_nested_state_comes_back_bit_for_bit(tmp_path):
     state = {
         "flat": {"blocks.0.w": torch.randn(3, 4), "steps": torch.tensor(7)},
         "nested": {
-            "state": {0: {"m": torch.randn(2, dtype=torch.float64)}, 10: {}, "x": {"half": torch.randn(2).bfloat16()}},
+            "state": {0: {"m": torch.randn(2, dtype=torch.float64)}, 10: {}, "x": {"half": torch.randn(3).bfloat16()}},
+            "laid": [torch.randn(3, 2).T, torch.randn(0, 3), torch.tensor([True]), torch.arange(9, dtype=torch.int16)[::2]],
             "groups": [{"params": [0, 1], "betas": (0.9, 1 / 3), "lr": 1e-300, "on": True, "none": None, "inf": math.inf, "tensor": "no"}],
             "empty": ((), [], {}),
         },
@@ -111,7 +114,7 @@ def test_nothing_saved_yet(tmp_path):
     assert load_latest(tmp_path / "nowhere") is None
 
 
-@pytest.mark.parametrize("harm", ["bit", "truncate", "manifest", "missing"])
+@pytest.mark.parametrize("harm", ["bit", "truncate", "manifest", "manifest's key", "manifest's shape", "missing"])
 def test_a_damaged_newest_is_refused_by_name_and_the_last_good_one_used(tmp_path, harm, caplog):
     saved(tmp_path, 1, 2, 3)
     newest = tmp_path / "step-000003"
@@ -122,6 +125,11 @@ def test_a_damaged_newest_is_refused_by_name_and_the_last_good_one_used(tmp_path
             os.truncate(newest / "model.safetensors", 100)
         case "manifest":
             (newest / "manifest.json").write_text("{")
+        case "manifest's key":
+            manifest = newest / "manifest.json"
+            manifest.write_text(manifest.read_text().replace("sha256", "sha25v", 1))
+        case "manifest's shape":
+            (newest / "manifest.json").write_text("[1, 2]")
         case "missing":
             (newest / "state.json").unlink()
     with caplog.at_level(logging.WARNING, "varl"):
@@ -195,6 +203,43 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole_and_says_what_is_missing(t
     state = load_latest(tmp_path)
     assert state is not None
     assert state.step == 1
+
+
+def test_what_a_dead_process_left_of_the_same_folder_is_cleared_by_the_next_save(tmp_path):
+    """One that was killed between its renames, and had the process id that this one has: so it is in a container that starts again."""
+    whole, dead = tmp_path / "model", os.getpid()
+    save_model(whole, "first", {}, {})
+    whole.rename(tmp_path / f"model.old-{dead}")
+    for other in (f"model.tmp-{dead}", f"model.ema.tmp-{dead}", "model.tmp-1"):
+        (tmp_path / other).mkdir()
+    save_model(whole, "second", {}, {})
+    assert load_config(whole) == "second"
+    assert names(tmp_path) == ["model", f"model.ema.tmp-{dead}", "model.tmp-1"], "another folder's, and that of a process that lives"
+
+
+def test_a_full_disk_leaves_a_model_folder_as_it_was(tmp_path, monkeypatch):
+    path = save_model(tmp_path / "model", "first", {"model": {"w": torch.ones(3)}}, {})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"cannot be written \(No space left on device\)"):
+        save_model(path, "second", {"model": {"w": torch.zeros(3)}}, {})
+    assert names(tmp_path) == ["model"]
+    assert load_config(path) == "first"
+    assert load_tensors(path, "model")["w"].tolist() == [1, 1, 1]
+
+
+def test_weights_that_fit_nowhere_are_listed_in_part():
+    """At the largest size the nearest name of every other would be searched for minutes."""
+    model = nn.ModuleList(nn.Linear(1, 1) for _ in range(20))
+    with pytest.raises(CheckpointError) as caught:
+        strict_load(model, {f"module.{name}": tensor for name, tensor in model.state_dict().items()}, "x.pth")
+    message = str(caught.value)
+    assert message.startswith("x.pth: the weights do not fit ModuleList.\n  missing (40):\n    `0.weight` (nearest on the other")
+    assert message.count("nearest") == 16
+    assert message.count("... and 32 more") == 2
 
 
 def test_what_cannot_be_saved_is_said_before_anything_is_written(tmp_path):

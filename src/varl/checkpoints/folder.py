@@ -1,36 +1,24 @@
 """A folder of weights that is there whole or not at all: written beside its place, hashed, flushed to disk, and then renamed."""
 
 import difflib
+import glob
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from varl.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 _SHOWN = 8
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 # ---- model folders --------------------------------------------------------------------------------------------------------------------
 
@@ -71,21 +59,19 @@ def strict_load(module: nn.Module, state_dict: Mapping[str, Tensor], where: str)
     shapes = [name for name in want if name in have and want[name].shape != have[name].shape]
     if missing or unexpected or shapes:
         lines = [f"{where}: the weights do not fit {type(module).__name__}."]
-        lines += _listed("missing", [f"`{name}`{_nearest(name, unexpected)}" for name in missing])
-        lines += _listed("unexpected", [f"`{name}`{_nearest(name, missing)}" for name in unexpected])
-        lines += _listed(
-            "of another shape", [f"`{name}` {list(have[name].shape)}, the model has {list(want[name].shape)}" for name in shapes]
-        )
+        lines += _listed("missing", missing, lambda name: _nearest(name, unexpected))
+        lines += _listed("unexpected", unexpected, lambda name: _nearest(name, missing))
+        lines += _listed("of another shape", shapes, lambda name: f" {list(have[name].shape)}, the model has {list(want[name].shape)}")
         lines.append("Load them with the config that they were saved with, or convert them first.")
         raise CheckpointError("\n".join(lines))
     module.load_state_dict(have)
 
 
-def _listed(title: str, entries: list[str]) -> list[str]:
-    if not entries:
+def _listed(title: str, names: Sequence[str], remark: Callable[[str], str]) -> list[str]:
+    if not names:
         return []
-    more = [f"    ... and {len(entries) - _SHOWN} more"] if len(entries) > _SHOWN else []
-    return [f"  {title} ({len(entries)}):", *(f"    {entry}" for entry in entries[:_SHOWN]), *more]
+    more = [f"    ... and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+    return [f"  {title} ({len(names)}):", *(f"    `{name}`{remark(name)}" for name in names[:_SHOWN]), *more]
 
 
 def _nearest(name: str, others: list[str]) -> str:
@@ -98,10 +84,11 @@ def _nearest(name: str, others: list[str]) -> str:
 
 def write_folder(path: Path, parts: Mapping[str, bytes | Mapping[str, Tensor]]) -> Path:
     """`path` as a folder of these files and a manifest of their hashes. Tensors are written as safetensors. Until the last moment all of it
-    lies in `path`.tmp-PID; if the disk fails, that is removed and what stood at `path` before still stands."""
+    lies in `path`.tmp-PID; if the disk fails, that is removed and what stood at `path` before still stands. What dead processes left of the
+    same folder is cleared away first."""
     beside, aside = (path.with_name(f"{path.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
     try:
-        shutil.rmtree(beside, ignore_errors=True)
+        remove_leftovers(path.parent, path.name)
         beside.mkdir(parents=True)
         manifest = {}
         for name, part in parts.items():
@@ -120,14 +107,14 @@ def write_folder(path: Path, parts: Mapping[str, bytes | Mapping[str, Tensor]]) 
     return path
 
 
-def remove_leftovers(folder: Path) -> list[str]:
-    """Names of the half-written folders of dead processes in `folder`, which are removed; a folder that such a process had put aside, to
-    replace it, is put back. This process must not be writing there."""
-    gone = []
-    for left in sorted(folder.glob("*.*-*")):
+def remove_leftovers(folder: Path, of: str | None = None) -> list[str]:
+    """Names of the half-written folders of dead processes in `folder` (of the one named `of` alone, if given), which are removed; a folder
+    that such a process had put aside, to replace it, is put back. This process must not be writing them."""
+    gone, names = [], "*" if of is None else glob.escape(of)
+    for left in sorted([*folder.glob(f"{names}.tmp-*"), *folder.glob(f"{names}.old-*")]):
         name, _, kind_and_pid = left.name.rpartition(".")
         kind, _, pid = kind_and_pid.partition("-")
-        if kind not in ("tmp", "old") or not pid.isdigit() or (int(pid) != os.getpid() and process_lives(int(pid))):
+        if not pid.isdigit() or (int(pid) != os.getpid() and process_lives(int(pid))):
             continue
         if kind == "old" and not (folder / name).exists():
             with suppress(FileNotFoundError):  # another process of this run was quicker
@@ -152,16 +139,19 @@ def damage(path: Path, names: Iterable[str] | None = None) -> list[str]:
     """What is wrong with the folder's files (or those of them in `names`) when held against its manifest; empty if nothing is."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
-    except (OSError, ValueError) as error:
+        written = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # not there, no JSON, or JSON of another shape
         return [f"{MANIFEST} cannot be read ({type(error).__name__})"]
     problems = []
-    for name in manifest if names is None else names:
+    for name in written if names is None else names:
         file = path / name
-        if not file.is_file() or name not in manifest:
+        if not file.is_file() or name not in written:
             problems.append(f"{name} is missing")
-        elif file.stat().st_size != manifest[name]["bytes"]:
-            problems.append(f"{name} has {file.stat().st_size} bytes where {manifest[name]['bytes']} were written")
-        elif _sha256(file) != manifest[name]["sha256"]:
+            continue
+        size, digest = written[name]
+        if file.stat().st_size != size:
+            problems.append(f"{name} has {file.stat().st_size} bytes where {size} were written")
+        elif _sha256(file) != digest:
             problems.append(f"{name} is not what was written (its sha256 differs)")
     return problems
 
@@ -179,28 +169,9 @@ def write_bytes(file: Path, data: bytes) -> str:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> str:
-    """sha256 of the safetensors file that was written, and flushed to the disk. One tensor at a time passes through memory."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # widest dtype first keeps every tensor aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in order:
-        tensor, start = tensors[name], end
-        end += tensor.numel() * tensor.dtype.itemsize
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with file.open("wb") as out:
-        for piece in (len(text).to_bytes(8, "little"), text):
-            digest.update(piece)
-            out.write(piece)
-        for name in order:
-            data = memoryview(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-            digest.update(data)
-            out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-    return digest.hexdigest()
+    """sha256 of the safetensors file that was written, and flushed to the disk."""
+    packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return write_bytes(file, save(packed, metadata={"format": "pt"}))
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

@@ -57,9 +57,7 @@ def load(path: Path | str) -> RunState:
     problems = damage(path)
     if problems:
         raise CheckpointError(f"{path} is damaged: {'; '.join(problems)}. Resume from another checkpoint.")
-    state = json.loads(read_part(path, "state.json"))
-    tensors = {group: _restore(outline, read_tensors(path / f"{group}.safetensors")) for group, outline in state["groups"].items()}
-    return RunState(step=state["step"], tensors=tensors, extra=state["extra"], path=path)
+    return _read(path)
 
 
 def load_latest(folder: Path | str) -> RunState | None:
@@ -71,13 +69,19 @@ def load_latest(folder: Path | str) -> RunState | None:
     for path in _steps(folder):
         problems = damage(path)
         if not problems:
-            return replace(load(path), refused=tuple(refused))
+            return replace(_read(path), refused=tuple(refused))
         refused.append(f"{path.name}: {'; '.join(problems)}")
         logger.warning("checkpoint %s is damaged and not used: %s", path, "; ".join(problems))
     if refused:
         every = "\n  ".join(refused)
         raise CheckpointError(f"{folder}: every checkpoint is damaged.\n  {every}\nMove the folder away to start the run afresh.")
     return None
+
+
+def _read(path: Path) -> RunState:
+    state = json.loads(read_part(path, "state.json"))
+    tensors = {group: _restore(outline, read_tensors(path / f"{group}.safetensors")) for group, outline in state["groups"].items()}
+    return RunState(step=state["step"], tensors=tensors, extra=state["extra"], path=path)
 
 
 def _steps(folder: Path) -> list[Path]:
