@@ -36,6 +36,13 @@ def test_failed_pictures_leave_their_group_and_get_nothing():
     torch.testing.assert_close(got, torch.tensor([[-1 / spread, 0.0, 1 / spread], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))
 
 
+@pytest.mark.parametrize("size", [3, 7, 12, 16])
+def test_equal_rewards_teach_nothing_however_large(size):
+    """The fp32 mean of twelve times 1234.56 is not 1234.56."""
+    for value in (0.1, 100.1, 1234.56):
+        assert group_advantages(torch.full((1, size), value)).tolist() == [[0.0] * size]
+
+
 def test_scales_of_advantages():
     value = torch.tensor([[0.0, 2.0], [10.0, 14.0], [3.0, 3.0]])
     assert group_advantages(value, "none").tolist() == [[-1.0, 1.0], [-2.0, 2.0], [0.0, 0.0]]
@@ -319,9 +326,23 @@ def test_parts_of_the_reward_are_reported():
 
     (piece,) = GRPO(GRPOConfig(num_generations=4)).collect(TabularPolicy(), PROMPTS, InstantJudge(parts), RNG, 0)
     assert piece.metrics["rewards/bright/mean"] == pytest.approx(piece.metrics["reward"] / 2)
-    assert piece.metrics["rewards/bright/std"] == pytest.approx(piece.judgement.parts["bright"].std().item(), rel=1e-5)
+    assert piece.metrics["rewards/bright/std"] == pytest.approx(piece.metrics["reward_std"] / 2)
     assert "rewards/void/mean" not in piece.metrics
     assert piece.metrics["reward_std"] == pytest.approx(piece.judgement.value.reshape(3, 4).std(1).mean().item(), rel=1e-5)
+
+
+def test_reward_metrics_do_not_depend_on_the_chunk():
+    def parts(images, prompts):
+        value = brightness(images, prompts)
+        return Judgement(value=value, parts={"bright": value**2})
+
+    def means(chunk):
+        algorithm = GRPO(GRPOConfig(num_generations=4, rollouts_per_chunk=chunk))
+        pieces = list(algorithm.collect(TabularPolicy(), PROMPTS, InstantJudge(parts), RNG, 0))
+        return {name: sum(piece.metrics[name] * len(piece) for piece in pieces) / 12 for name in pieces[0].metrics}
+
+    assert means(4) == pytest.approx(means(12), rel=1e-5)
+    assert means(8) == pytest.approx(means(12), rel=1e-5)
 
 
 def test_kl_without_a_reference_is_refused():

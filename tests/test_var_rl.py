@@ -6,6 +6,7 @@ import torch
 from tabular import InstantJudge, TabularPolicy, brightness, gradients
 from varl.algorithms.grpo import GRPO
 from varl.algorithms.var_rl import FURTHER, VARRL, of_prefixes
+from varl.algorithms.vmr import variance_parts
 from varl.config import GRPOConfig, MiddleStep, VARRLConfig
 from varl.errors import ConfigError
 from varl.rng import Stream
@@ -195,7 +196,9 @@ def test_values_are_middle_returns_over_the_group():
     assert pieces[0].metrics["reward"] == pytest.approx(reward[:8].mean().item())
     assert pieces[0].metrics["judged"] == 8
     assert pieces[0].metrics["middle_step"] == 2
-    assert 0 <= pieces[0].metrics["variance_share"] <= 1
+    between, within = variance_parts(reward.reshape(3, 4, 2))
+    shares = [piece.metrics.get("variance_share") for piece in pieces]
+    assert shares == [None, None, pytest.approx(max(between, 0) / (max(between, 0) + within), rel=1e-5)]
 
 
 def test_log_mean_exp_is_never_below_the_mean():
@@ -213,7 +216,7 @@ def test_failed_continuations_leave_their_prefix():
         failed[1] = True
         return brightness(images, prompts).masked_fill(failed, NAN)
 
-    piece = collected(prefix_only(num_continuations=2), reward=patchy)[0]
+    piece = collected(prefix_only(num_continuations=2), reward=patchy, prompts=PROMPTS[:1], rng=RNG.select([0]))[0]
     assert piece.judgement.value.isnan().tolist() == [True, False, False, False]
     assert piece.weight.sum(1).tolist() == [0, 3, 3, 3]
     assert piece.advantage[0].tolist() == [0, 0, 0]
@@ -256,6 +259,20 @@ def test_region_credit_reaches_the_prefix():
     for piece in collected(prefix_only(grpo, num_continuations=2, tree_reuse=True), reward=regions):
         torch.testing.assert_close(piece.advantage[:, 0], piece.advantage[:, 1] + piece.advantage[:, 2])
         assert not torch.allclose(piece.advantage[:, 1], piece.advantage[:, 2])
+
+
+def test_a_failed_continuation_lends_its_prefix_no_reach():
+    """It has no box, and a region without a box may be anywhere; but its value is not in the mean either."""
+
+    def left_or_failed(images, prompts):
+        box = torch.tensor([[0.0, 0.0, 0.5, 1.0], [NAN] * 4]).repeat(len(images) // 2, 1)[:, None]
+        value = brightness(images, prompts).masked_fill(box[:, 0, 0].isnan(), NAN)
+        return Judgement(value=value, region_value=value[:, None], region_box=box)
+
+    grpo = replace(PLAIN, region_credit=True, mask_dilation=0)
+    for piece in collected(prefix_only(grpo, num_continuations=2), reward=left_or_failed):
+        assert piece.advantage[:, :2].abs().amin(1).gt(0).all()
+        assert piece.advantage[:, 2].eq(0).all()
 
 
 def test_tree_siblings_by_hand():

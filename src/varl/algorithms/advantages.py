@@ -15,10 +15,12 @@ SOFT = 1e-4
 
 
 def nan_std(value: Float[Tensor, "*B N"]) -> Float[Tensor, "*B"]:
-    """Unbiased standard deviation over the last axis, of the entries that are not NaN; 0 where fewer than two are left."""
-    deviation = (value - value.nanmean(-1, keepdim=True)).masked_fill(value.isnan(), 0.0)
+    """Unbiased standard deviation over the last axis, of the entries that are not NaN; 0 where fewer than two are left. In fp64: the fp32
+    mean of equal rewards of 100 is off by more than `FLAT`."""
+    exact = value.double()
+    deviation = (exact - exact.nanmean(-1, keepdim=True)).masked_fill(value.isnan(), 0.0)
     count = (~value.isnan()).sum(-1)
-    return (deviation.square().sum(-1) / (count - 1).clamp(min=1)).sqrt()
+    return (deviation.square().sum(-1) / (count - 1).clamp(min=1)).sqrt().to(value.dtype)
 
 
 def flat_groups(value: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:

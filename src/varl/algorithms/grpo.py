@@ -208,8 +208,9 @@ def against_group(config: GRPOConfig, part: Float[Tensor, "N R"]) -> Float[Tenso
 
 
 def reward_metrics(judgement: Judgement, group: int) -> dict[str, float]:
-    """Of one piece: `reward` and `rewards/<part>/mean`, `rewards/<part>/std` (over pictures that did not fail, own unit), `reward_std`
-    (mean over groups), `frac_reward_zero_std` (share of groups that teach nothing), `reward_failed` (share of pictures)."""
+    """Of one piece: `reward` and `rewards/<part>/mean` (over pictures that did not fail, own unit), `reward_std` and `rewards/<part>/std`
+    (within a group, mean over groups: pieces hold whole groups, so these do not depend on how many), `frac_reward_zero_std` (share of
+    groups whose rewards are all equal), `reward_failed` (share of pictures)."""
     value = judgement.value.float().cpu().reshape(-1, group)
     metrics = {
         "reward_std": nan_std(value).mean().item(),
@@ -220,7 +221,10 @@ def reward_metrics(judgement: Judgement, group: int) -> dict[str, float]:
         metrics["reward"] = value.nanmean().item()
     for name, part in judgement.parts.items():
         if not part.isnan().all():
-            metrics |= {f"rewards/{name}/mean": part.nanmean().item(), f"rewards/{name}/std": nan_std(part).item()}
+            metrics |= {
+                f"rewards/{name}/mean": part.nanmean().item(),
+                f"rewards/{name}/std": nan_std(part.reshape(-1, group)).mean().item(),
+            }
     return metrics
 
 

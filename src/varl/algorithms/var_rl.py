@@ -3,13 +3,11 @@
 Three ways to use it, by the switches of `VARRLConfig`:
 
     default   K = 1, mean return, prefix and suffix 3:1, suffixes against others of the same prefix. The unbiased full-horizon gradient,
-    block
-              by block; what restricting to a prefix gains, without the noise that K > 1 adds at equal judged images.
+              block by block; what restricting to a prefix gains, without the noise that K > 1 adds at equal judged images.
     paper     K = 2, log_mean_exp with eta = 1, a small beta to a fixed reference. Log-mean-exp of the current policy's rewards and KL to
               another policy do not belong to one objective; with a reward spread well below eta this is close to the mean.
     exact     middle_return = importance, scale_rewards = none, beta = 0: ascent on J = E[R - eta log policy/reference], the objective of
-    the
-              paper's theorems. The log-ratio is part of the return, because KL as a loss term holds the states fixed and has another
+              the paper's theorems. The log-ratio is part of the return, because KL as a loss term holds the states fixed and has another
               optimum.
 
 The paper's theorem that prefix and suffix can be solved apart with the unconstrained soft value holds for unconstrained policies only; with
@@ -74,16 +72,20 @@ def of_prefixes(judgement: Judgement, value: Float[Tensor, " B"], copies: int) -
 
 
 def stage_metrics(value: Float[Tensor, "P G K"], m: int) -> dict[str, float]:
-    """Of the judged pictures, whose rewards these are, and not of what the stage was paid: `reward`, `reward_failed`, `judged` (how many);
-    for K > 1 `variance_share`, the part of the reward's variance that is settled by step m."""
+    """Of the judged pictures, and not of what the stage was paid for them: `reward`, `reward_failed`, `judged` (how many)."""
     metrics = {"middle_step": float(m), "reward_failed": value.isnan().float().mean().item(), "judged": float(value.numel())}
     if not value.isnan().all():
         metrics["reward"] = value.nanmean().item()
-    if value.shape[2] > 1:
-        between, within = variance_parts(value)
-        if not math.isnan(between):
-            metrics["variance_share"] = variance_share(between, within)
     return metrics
+
+
+def variance_metrics(value: Float[Tensor, "P G K"]) -> dict[str, float]:
+    """`variance_share`, the part of the reward's variance that is settled by step m, for K > 1. Of all prompts at once: it is a ratio cut
+    off at 0, and its mean over small pieces would be too large."""
+    if value.shape[2] < 2:
+        return {}
+    between, within = variance_parts(value)
+    return {} if math.isnan(between) else {"variance_share": variance_share(between, within)}
 
 
 FURTHER = "continuation"
@@ -144,9 +146,12 @@ class VARRL:
 
     def _prefix_update(self, policy: BranchingPolicy, prompts: Sequence[Prompt], judge: Judge, rng: Stream, m: int) -> Iterator[TrainBatch]:
         """P*G prefixes, K continuations of each. What is trained on holds the prefix tokens alone, so training costs no more than they do.
-        With `tree_reuse` the continuations follow, each against its siblings."""
+        With `tree_reuse` the continuations follow, each against its siblings. The last prefixes bring `variance_share`, of all."""
         config, layout, copies = self.config.grpo, policy.layout, self.config.num_continuations
         group = config.num_generations
+
+        def union(tokens: Tensor) -> Tensor:
+            return tokens.unflatten(0, (-1, copies)).any(1)
 
         def draw() -> Iterator[tuple[tuple[Rollout, Rollout], Rollout]]:
             for some, address in chunks(prompts, rng, max(1, config.rollouts_per_chunk // (group * copies))):
@@ -159,13 +164,15 @@ class VARRL:
             returns = [self._returns(policy, whole, judgement.value, m) for (_, whole), judgement in pieces]
             values = [of_prefixes(judgement, value, copies) for (_, judgement), (value, _) in zip(pieces, returns, strict=True)]
             reaches = [local_reach(config, layout, judgement) for _, judgement in pieces]
-            joint = [None if reach is None else reach.unflatten(0, (-1, copies)).any(1) for reach in reaches]
+            valid = [~judgement.value.cpu().isnan() for _, judgement in pieces]
+            joint = [None if reach is None else union(reach & ok[:, None, None]) for reach, ok in zip(reaches, valid, strict=True)]
             advantages = token_advantages(layout, values, joint, partial(against_group, config))
-            for ((prefix, _), judgement), value, advantage in zip(pieces, values, advantages, strict=True):
-                mask = reward_mask(config, layout, judgement) & ~judgement.value.cpu().isnan()[:, None]
-                batch = train_batch(config, layout, prefix, value, advantage, mask.unflatten(0, (-1, copies)).any(1), stage="prefix")
+            for ((prefix, _), judgement), value, advantage, ok in zip(pieces, values, advantages, valid, strict=True):
+                mask = union(reward_mask(config, layout, judgement) & ok[:, None])
+                batch = train_batch(config, layout, prefix, value, advantage, mask, stage="prefix")
                 seen.append(judgement.value.float().cpu().reshape(-1, group, copies))
-                yield replace(batch, metrics={**batch.metrics, **stage_metrics(seen[-1], m)})
+                settled = variance_metrics(torch.cat(seen)) if sum(map(len, seen)) == len(prompts) else {}
+                yield replace(batch, metrics={**batch.metrics, **stage_metrics(seen[-1], m), **settled})
             if self.config.tree_reuse:
                 own = [replace(judgement, value=value) for (_, judgement), (_, value) in zip(pieces, returns, strict=True)]
                 advantages = token_advantages(layout, own, reaches, self._against_siblings)
