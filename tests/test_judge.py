@@ -162,10 +162,24 @@ def test_regions_need_not_be_the_prompts():
     same(told.region_value, [[1.5, 1.5, NAN], [1.25, 1.25, 1.0], [4.0, NAN, NAN]])
 
 
-def test_rewards_of_different_regions_do_not_add_up():
-    other = Judgement(value=torch.zeros(3), region_value=torch.zeros(3, 3))
-    with pytest.raises(RewardError, match="different numbers of regions"):
+@pytest.mark.parametrize("shares", [torch.zeros(3, 3), torch.zeros(3, 2)], ids=["another number", "another picture has fewer"])
+def test_rewards_of_different_regions_do_not_add_up(shares):
+    other = Judgement(value=torch.zeros(3), region_value=shares)
+    with pytest.raises(RewardError, match="a, b divide pictures into different regions"):
         combine({"a": (1.0, LOCAL), "b": (1.0, other)})
+
+
+def test_regions_keep_their_own_boxes():
+    """A global reward that drew boxes says nothing about where another reward's regions are; alone it says where to mask."""
+    letters = Judgement(value=torch.ones(3), region_value=torch.full((3, 5), 0.2))
+    boxed = Judgement(value=torch.ones(3), region_box=torch.full((3, 1, 4), 0.25))
+    assert combine({"letters": (1.0, letters), "paper": (1.0, boxed)}).region_box is None
+    assert torch.equal(combine({"look": (1.0, Judgement(value=torch.ones(3))), "paper": (1.0, boxed)}).region_box, boxed.region_box)
+
+
+def test_shares_that_fall_short_of_the_value_are_filled_up_evenly():
+    short = Judgement(value=torch.ones(3), region_value=torch.tensor([[0.0, 0.5], [0.5, 0.5], [0.25, NAN]]))
+    same(combine({"a": (2.0, short)}).region_value, [[0.5, 1.5], [1.0, 1.0], [2.0, NAN]])
 
 
 # ---- in the background ------------------------------------------------------------------------------------------------------------------

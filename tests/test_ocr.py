@@ -179,13 +179,18 @@ CORNER = """
 import os, signal, sys, time
 
 class Corner:
-    'Reads a picture by its first pixel. 66 hangs, 67 kills its own process, 68 raises, 69 says whether torch was imported.'
+    'Reads a picture by its first pixel. 66 hangs, 67 kills itself, 68 raises, 69 says whether torch was imported, 70 is three words.'
 
     def __init__(self, letters):
         pass
 
     def read_batch(self, images, boxes):
-        return [[self.one(int(image[0, 0, 0]))] for image in images]
+        return [self.some(int(image[0, 0, 0])) for image in images]
+
+    def some(self, value):
+        if value == 70:
+            return [("RED", 1.0, (0.0, 0.0, 0.5, 0.5)), ("FOX", 1.0, (0.5, 0.0, 1.0, 0.5)), ("RED", 0.5, (0.0, 0.5, 0.5, 1.0))]
+        return [self.one(value)]
 
     def one(self, value):
         if value == 66:
@@ -352,6 +357,14 @@ def test_pieces_are_matched_to_the_likest_region_once():
     assert match_regions(["RED"], []) == [NOT_READ]
 
 
+def test_a_region_of_two_words_is_the_same_read_as_one_piece_or_as_two():
+    left, right, owl = found("RED", box=(0.0, 0.0, 0.2, 0.5)), found("FOX", box=(0.3, 0.0, 0.5, 0.5)), found("OWL")
+    want = [found("RED FOX"), owl]
+    assert match_regions(["RED FOX", "OWL"], [found("RED FOX"), owl]) == want
+    assert match_regions(["RED FOX", "OWL"], [left, owl, right]) == want
+    assert match_regions(["RED FOX", "OWL"], [right, left])[0].text == "FOX RED"  # as it was read, not as it was wanted
+
+
 def test_pieces_of_a_line_are_joined():
     joined = join([found("RED", 1.0, (0.1, 0.2, 0.3, 0.4)), found("FOX", 0.5, (0.4, 0.1, 0.6, 0.3))])
     assert joined == found("RED FOX", 0.75, (0.1, 0.1, 0.6, 0.4))
@@ -382,7 +395,6 @@ def test_the_reward_of_what_was_asked_is_the_highest(score):
         assert torch.equal(told.region_value.sum(1), told.value)
         assert told.region_value[:2, 0].tolist() == [0.5, 0.5]
         assert told.value[0] == 1.0
-    torch.testing.assert_close(told.region_box[0], torch.tensor([region.box for region in prompt.regions]), rtol=0, atol=1.5 / 32)
     reward.close()
 
 
@@ -400,6 +412,29 @@ def test_regions_without_boxes_are_found_and_padded():
     assert told.region_value[1, 1].isnan()
     fox, red = prompt.regions[1].box, prompt.regions[0].box
     torch.testing.assert_close(told.region_box[0], torch.tensor([fox, red]), rtol=0, atol=1.5 / 32)
+    reward.close()
+
+
+@pytest.mark.parametrize("score", ["mixed", "exact", "ned", "letters", "paper"])
+def test_region_boxes_are_the_prompts_except_for_the_paper(corner, score):
+    """Credit must not move with the outcome where the prompt says where its regions are."""
+    reward = OCRReward(OCRConfig(engine="auto", score=score, workers=0))
+    reward.pool = ReaderPool(corner, workers=0, timeout=1.0)
+    known, unknown = (Prompt(regions=(Region(text="5", box=box),)) for box in ((0.25, 0.25, 0.75, 0.75), None))
+    told = reward(torch.full((2, 3, 4, 4), 5 / 255), [known, unknown])
+    read = [0.0, 0.0, 1.0, 1.0]
+    assert told.region_box[0].tolist() == [read if score == "paper" else [0.25, 0.25, 0.75, 0.75]]
+    assert told.region_box[1].isnan().all() if score == "letters" else told.region_box[1].tolist() == [read]
+    reward.close()
+
+
+@pytest.mark.parametrize(("score", "value"), [("mixed", 1.0), ("paper", 0.75 + 1.0 - 0.6 * 3 / 15)])
+def test_the_papers_reward_counts_all_that_was_read(corner, score, value):
+    """RED, FOX and another RED of confidence 0.5: the least confidence counts, and three letters are too many."""
+    reward = OCRReward(OCRConfig(engine="auto", score=score, workers=0))
+    reward.pool = ReaderPool(corner, workers=0, timeout=1.0)
+    told = reward(torch.full((1, 3, 4, 4), 70 / 255), [Prompt(regions=(Region(text="RED"), Region(text="FOX")))])
+    assert told.value.item() == pytest.approx(value, abs=1e-6)
     reward.close()
 
 

@@ -57,36 +57,34 @@ def _plain(tensor: Tensor) -> Tensor:
 def combine(judgements: Mapping[str, tuple[float, Judgement]]) -> Judgement:
     """The weighted sum of named judgements: value = sum_i w_i value_i, and NaN where a reward of non-zero weight failed.
 
-    parts: `name` is that reward's value, `name/part` its parts, all before weights. Regions: a reward that says where keeps its own shares,
-    one that does not gives each of the picture's regions an equal share, so that regions still sum to value; rewards that say where must
-    mean the same regions; where none says where, region_value is None. Boxes and what was read are those of the first reward that has
-    them, boxes by preference of one that says where."""
+    parts: `name` is that reward's value, `name/part` its parts, all before weights. region_value: the weighted shares of the rewards that
+    say where, and what these leave of value (rewards that do not say where) in equal shares over the picture's regions, so that regions sum
+    to value; rewards that say where must mean the same regions; where none says where, None. region_box and found are those of the first
+    reward that has them; where some say where, region_box is one of theirs."""
     every = [judgement for _, judgement in judgements.values()]
-    local = [(weight, judgement) for weight, judgement in judgements.values() if weight and judgement.region_value is not None]
+    local = [(weight * j.region_value, j.region_box) for weight, j in judgements.values() if weight and j.region_value is not None]
     value = sum((weight * judgement.value for weight, judgement in judgements.values() if weight), torch.zeros(len(every[0].value)))
     parts = {}
     for name, (_, judgement) in judgements.items():
         parts |= {name: judgement.value, **{f"{name}/{part}": tensor for part, tensor in judgement.parts.items()}}
-    shapes = {tuple(judgement.region_value.shape) for _, judgement in local if judgement.region_value is not None}
-    if len(shapes) > 1:
-        raise RewardError(f"rewards {', '.join(judgements)} divide pictures into different numbers of regions: {sorted(shapes)}. Use one.")
     region_value = None
     if local:
-        first = local[0][1].region_value
-        assert first is not None
-        there = ~first.isnan()
-        beside = value - sum((weight * judgement.value for weight, judgement in local), torch.zeros_like(value))
-        region_value = (beside / there.sum(1).clamp(min=1))[:, None].expand_as(first)
-        for weight, judgement in local:
-            assert judgement.region_value is not None
-            region_value = region_value + weight * judgement.region_value
-        region_value = region_value.masked_fill(~there | value.isnan()[:, None], torch.nan)
-    boxed = [judgement for _, judgement in local if judgement.region_box is not None] or [j for j in every if j.region_box is not None]
+        there, *others = (~share.isnan() & ~value.isnan()[:, None] for share, _ in local)
+        if any(not torch.equal(there, other) for other in others):
+            most = [share.shape[1] for share, _ in local]
+            raise RewardError(
+                f"rewards {', '.join(judgements)} divide pictures into different regions (at most {most}, NaN where a picture has fewer). "
+                "Let one of them say where."
+            )
+        own = sum((share for share, _ in local), torch.zeros(there.shape))
+        rest = (value - own.nansum(1)) / there.sum(1).clamp(min=1)
+        region_value = (own + rest[:, None]).masked_fill(~there, torch.nan)
+    boxes = [box for _, box in local] if local else [judgement.region_box for judgement in every]
     return Judgement(
         value=value,
         parts=parts,
         region_value=region_value,
-        region_box=boxed[0].region_box if boxed else None,
+        region_box=next((box for box in boxes if box is not None), None),
         found=next((judgement.found for judgement in every if judgement.found is not None), None),
     )
 

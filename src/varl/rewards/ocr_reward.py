@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -33,13 +34,16 @@ def region_score(target: str, read: str, score: str) -> float:
 
 
 def match_regions(targets: Sequence[str], found: Sequence[Found]) -> list[Found]:
-    """For each target the piece of text that is it: the likest pair first, each piece once; `NOT_READ` where none is left."""
-    pairs = [(-ned_similarity(target, piece.text), i, j) for i, target in enumerate(targets) for j, piece in enumerate(found)]
+    """For each target what was read of it: to each of its words the word that is it, the likest pair first and each word once, joined in
+    the order in which they were read; `NOT_READ` where none is left. By words, because engines cut lines apart as they please."""
+    wanted = [(r, word) for r, target in enumerate(targets) for word in target.split()]
+    read = [replace(piece, text=word) for piece in found for word in piece.text.split()]
+    pairs = [(-ned_similarity(word, piece.text), i, j) for i, (_, word) in enumerate(wanted) for j, piece in enumerate(read)]
     matched: dict[int, int] = {}
     for _, i, j in sorted(pairs):
-        if i not in matched and j not in matched.values():
-            matched[i] = j
-    return [found[matched[i]] if i in matched else NOT_READ for i in range(len(targets))]
+        if i not in matched.values() and j not in matched:
+            matched[j] = i
+    return [join([read[j] for j in sorted(matched) if wanted[matched[j]][0] == r]) for r in range(len(targets))]
 
 
 def join(found: Sequence[Found]) -> Found:
@@ -62,10 +66,13 @@ class OCRReward:
     """A RewardFn: how well the prompts' text can be read, per region where the score is a mean over regions.
 
     Where every region of a prompt has a box, each is read at its box, and text elsewhere in the picture is not seen; else the whole picture
-    is read, and pieces of text are matched to regions by likeness. `mixed`, `exact`, `ned`: value is the mean over regions, region_value
-    its shares, which sum to it. `letters`: the same with every letter a region, at its part of the prompt's box. `paper`: VAR-RL's
-    Comp + Sim - Pen, which is no sum. NaN where the reader failed. Parts: word_accuracy, ned (similarity, mean over regions), confidence
-    (mean over regions)."""
+    is read, and words are matched to regions by likeness. `mixed`, `exact`, `ned`: value is the mean over regions, region_value its shares,
+    which sum to it. `letters`: the same with every letter a region. `paper`: VAR-RL's Comp + Sim - Pen of all that was read, which is no
+    sum. NaN where the reader failed. Parts: word_accuracy, ned (similarity, mean over regions), confidence (mean over regions).
+
+    region_box is the prompt's, and where the prompt knows none, that of what was read (`letters`: none). Credit by boxes that the outcome
+    moves is a biased gradient, by the prompt's it is not, and a region that could not be read still has its place. `paper` alone puts what
+    was read first, because the paper's masks are made of predicted boxes."""
 
     def __init__(self, config: OCRConfig, letters: str = ALPHABET) -> None:
         self.score = config.score
@@ -98,22 +105,21 @@ class OCRReward:
             else:
                 lines = match_regions(targets, found) if len(targets) > 1 else [join(found)]
             for r, line in enumerate(lines):
-                if line.text and not letters:
+                if line.text and not letters and (self.score == "paper" or places[b][r] is None):
                     region_box[b, r] = torch.tensor(line.box)
-            words = [(word, line.confidence) for line in lines for word in line.text.split()]
+            words = [(word, piece.confidence) for piece in found for word in piece.text.split()]
             parts["word_accuracy"][b] = word_accuracy(prompt.words, [word for word, _ in words])
             parts["ned"][b] = sum(ned_similarity(target, line.text) for target, line in zip(targets, lines, strict=True)) / len(lines)
             parts["confidence"][b] = sum(line.confidence for line in lines) / len(lines)
             if self.score == "paper":
                 value[b] = paper_reward(prompt.words, words)
-            elif self.score == "letters":
+                continue
+            if letters:
                 scores = [score for target, line in zip(targets, lines, strict=True) for score in letter_scores(target, line.text)]
-                region_value[b, : len(scores)] = torch.tensor(scores) / len(scores)
-                value[b] = region_value[b].nansum()
             else:
                 scores = [region_score(target, line.text, self.score) for target, line in zip(targets, lines, strict=True)]
-                region_value[b, : len(scores)] = torch.tensor(scores) / len(scores)
-                value[b] = region_value[b, : len(scores)].sum()
+            region_value[b, : len(scores)] = torch.tensor(scores) / len(scores)
+            value[b] = region_value[b, : len(scores)].sum()
         return Judgement(
             value=value,
             parts=parts,

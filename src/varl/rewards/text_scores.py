@@ -8,12 +8,17 @@ EPSILON = 1e-8
 
 def edit_distance(a: str, b: str) -> int:
     """Levenshtein: the fewest insertions, deletions and replacements that turn `a` into `b`."""
-    row = list(range(len(b) + 1))
+    return _distances(a, b)[-1][-1]
+
+
+def _distances(a: str, b: str) -> list[list[int]]:
+    """Entry i, j: the distance of the first i letters of `a` from the first j of `b`."""
+    rows = [list(range(len(b) + 1))]
     for i, x in enumerate(a, 1):
-        corner, row[0] = row[0], i
+        rows.append([i])
         for j, y in enumerate(b, 1):
-            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (x != y))
-    return row[-1]
+            rows[i].append(min(rows[i - 1][j] + 1, rows[i][j - 1] + 1, rows[i - 1][j - 1] + (x != y)))
+    return rows
 
 
 def ned_similarity(a: str, b: str) -> float:
@@ -27,11 +32,7 @@ def letter_scores(target: str, read: str) -> list[float]:
 
     Their mean is (kept - inserted) / |target|, at most 1: the NED similarity where nothing is inserted."""
     a, b = target.lower(), read.lower()
-    rows = [list(range(len(b) + 1))]
-    for i, x in enumerate(a, 1):
-        rows.append([i])
-        for j, y in enumerate(b, 1):
-            rows[i].append(min(rows[i - 1][j] + 1, rows[i][j - 1] + 1, rows[i - 1][j - 1] + (x != y)))
+    rows = _distances(a, b)
     scores, i, j = [0.0] * len(a), len(a), len(b)
     while i or j:
         if i and j and rows[i][j] == rows[i - 1][j - 1] + (a[i - 1] != b[j - 1]):
