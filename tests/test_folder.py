@@ -24,6 +24,7 @@ def test_what_is_written_is_what_is_read(tmp_path):
 
 def test_prompts_without_pictures(tmp_path):
     prompts = [Prompt(text="a red cube", label=3), Prompt(), Prompt(text="Ü|é", regions=(Region(text="Ü"), Region(text="é")))]
+    prompts.append(Prompt(text="one\u2028line\x85, whatever str.splitlines says"))
     write_folder(tmp_path, None, prompts)
     assert read_folder(tmp_path) == prompts
     with pytest.raises(DataError, match="'a red cube': names no image"):
@@ -50,6 +51,7 @@ def test_blank_lines_count_but_do_not_matter(tmp_path):
         ('{"style": [1]}', "style holds 1"),
         ('{"regions": ["CAT"]}', "'CAT' is not an object"),
         ('{"regions": [{"box": [0, 0, 1, 1]}]}', "has no text"),
+        ('{"regions": [{"text": " "}]}', "has no text"),
         ('{"regions": [{"text": "CAT", "size": 3}]}', "unknown key 'size'"),
         ('{"regions": [{"text": "CAT", "box": [0, 0, 64, 16]}]}', r"box=\[0, 0, 64, 16\].*not pixels"),
         ('{"regions": [{"text": "CAT", "box": [-0.1, 0, 1, 1]}]}', "box="),
@@ -77,6 +79,9 @@ def test_a_folder_without_prompts_is_named(tmp_path):
         read_folder(tmp_path)
     (tmp_path / "prompts.jsonl").write_text("\n")
     with pytest.raises(DataError, match="is empty"):
+        read_folder(tmp_path)
+    (tmp_path / "prompts.jsonl").write_bytes('{"text": "É"}'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"prompts\.jsonl: is not UTF-8.*Save it"):
         read_folder(tmp_path)
 
 

@@ -43,6 +43,9 @@ def test_a_file_of_words(tmp_path):
         word_list(WordsConfig(word_list=str(file), letters="XYZ"))
     with pytest.raises(DataError, match=r"'animals\.txt'.*neither"):
         word_list(WordsConfig(word_list="animals.txt"))
+    file.write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match=r"animals\.txt': is not UTF-8"):
+        word_list(WordsConfig(word_list=str(file)))
 
 
 def test_splits_are_disjoint_whole_and_of_the_size_asked_for():

@@ -51,8 +51,12 @@ def read_folder(path: Path | str) -> list[Prompt]:
     file = Path(path) / PROMPTS
     if not file.is_file():
         raise DataError(f"data folder {str(path)!r}: has no {PROMPTS}. Write one JSON object a line, e.g. " + '{"text": "CAT"}.')
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: is not UTF-8 ({error}). Save it as UTF-8.") from error
     prompts = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 prompts.append(_prompt(line, Path(path)))
@@ -106,9 +110,10 @@ def _text(key: str, value: Any) -> str:
 
 def _region(entry: Any) -> Region:
     _object(entry, ("text", "box"))
-    if "text" not in entry:
+    text = _typed(entry, "text", str, "")
+    if not text.strip():
         raise _Fault(f"region {entry!r} has no text. Add what shall be read there.")
-    return Region(text=_typed(entry, "text", str, ""), box=_box(entry["box"]) if "box" in entry else None)
+    return Region(text=text, box=_box(entry["box"]) if "box" in entry else None)
 
 
 def _box(value: Any) -> Box:

@@ -95,7 +95,10 @@ def _wonderwords() -> Path:
 
 
 def _lines(path: Path) -> set[str]:
-    return {line.strip().upper() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()}
+    try:
+        return {line.strip().upper() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()}
+    except UnicodeDecodeError as error:
+        raise DataError(f"word_list {str(path)!r}: is not UTF-8 ({error}). Save it as UTF-8.") from error
 
 
 def split(words: Sequence[str], config: WordsConfig) -> WordSplit:
