@@ -10,15 +10,14 @@ from scipy import stats
 from torch import Tensor
 
 from tabular import InstantJudge, TabularPolicy, brightness
+from tiny import TINY, save_tiny
+from varl.build import new_model
 from varl.checkpoints import next_scale as next_scale_folder
 from varl.config import (
     GRPOConfig,
     MiddleStep,
-    NextScaleConfig,
     PythonRewardConfig,
     RunConfig,
-    TextConfig,
-    TokenizerConfig,
     TrainConfig,
     VARRLConfig,
     WeightedReward,
@@ -50,7 +49,7 @@ from varl.eval.gradients import (
     step_scores,
     student,
 )
-from varl.models.next_scale import NextScale
+from varl.policies import sampling
 from varl.policies.next_scale import NextScalePolicy
 from varl.probe import (
     GROUP,
@@ -65,29 +64,20 @@ from varl.probe import (
     measure,
     mildest,
     model_identity,
+    number,
     probe,
     settled,
 )
 from varl.report.summary import probe as report_section
 from varl.rng import Stream, generator
-from varl.tokenizers.multiscale_vq import MultiScaleVQ
 from varl.types import Prompt
 
 LABELS = (Prompt(label=0), Prompt(label=1))
-TINY = NextScaleConfig(
-    depth=1,
-    width=24,
-    heads=2,
-    grids=((1, 1), (1, 2), (2, 8)),
-    mlp_ratio=2.0,
-    text=TextConfig(max_length=8, styles=("sans", "serif", "mono", "ink", "night", "sea", "fire", "moss", "candy")),
-    tokenizer=TokenizerConfig(vocab=8, channels=4, width=8, multipliers=(1,), blocks=1, shared_phi=1, attention=False, patch=8),
-)
 
 
 def tiny_policy() -> NextScalePolicy:
     torch.manual_seed(0)
-    return NextScalePolicy(NextScale(TINY), MultiScaleVQ(TINY.tokenizer, TINY.grids))
+    return NextScalePolicy(*new_model(TINY))
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -119,6 +109,18 @@ def test_scores_do_not_depend_on_who_else_is_in_the_batch():
     both = step_scores(policy, rollout, rollout.step, 3, projection)
     alone = step_scores(policy, rollout.rows([2]), rollout.step[2:3], 3, projection)
     torch.testing.assert_close(both[2:3], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_policy_that_scores_few_rows_at_a_time_leaves_no_layer_out(monkeypatch):
+    """Its logits are large, so the head sees slices of the batch: of whole pictures two rows at a time, of their first tokens all."""
+    policy = tiny_policy()
+    rollout = policy.rollout([Prompt(text="CAT")] * 5, Stream(seed=0, rows=tuple(range(5))))
+    projection = Projection(policy.module, size=4)
+    at_once = step_scores(policy, rollout, rollout.step, 3, projection)
+    monkeypatch.setattr(sampling, "CHUNK_ELEMENTS", 2 * TINY.tokenizer.vocab * policy.layout.tokens)
+    torch.testing.assert_close(step_scores(policy, rollout, rollout.step, 3, projection), at_once, rtol=1e-4, atol=1e-5)
+    head = projection.places[id(policy.module.head.weight)][0]
+    assert bool(at_once[:, :, head].any(-1).all())
 
 
 def test_parts_add_up_to_the_whole():
@@ -305,6 +307,18 @@ def test_best_continuations_by_hand():
     assert (found.share.value, found.best.value, found.continuations) == (pytest.approx(0.2), pytest.approx(4.0), 4)
     cheap = Nested(between=[1.0] * 5, within=[4.0] * 5, prefix_seconds=[0.25], continuation_seconds=[1.0])
     assert (settled(cheap).best.value, settled(cheap).continuations) == (pytest.approx(1.0), 1)
+
+
+def test_nested_samples_that_all_had_one_reward_say_nothing():
+    """0 of 0 is settled: without this, K* would be unbounded and K the most that is allowed."""
+    assert not Nested(between=[0.0] * 8, within=[0.0] * 8).resolved
+    assert not Nested(between=[1.0] * 2, within=[4.0] * 2).resolved
+    assert Nested(between=[0.0] * 8, within=[0.0] * 7 + [1.0]).resolved
+    assert Nested(between=[1.0] * 8, within=[0.0] * 8).resolved
+
+
+def test_numbers_in_words():
+    assert [number(x) for x in (0.00891, 1.96, 99.4, 99.6, 12345.6, math.inf)] == ["0.0089", "2", "99", "100", "12,346", "unbounded"]
 
 
 def test_more_continuations_need_proof():
@@ -502,7 +516,7 @@ def test_failed_rewards_are_left_out():
 def words_config(folder, algorithm: GRPOConfig | VARRLConfig = GRPOConfig()) -> RunConfig:
     return RunConfig(
         model=str(folder),
-        data=WordsConfig(max_length=4),
+        data=WordsConfig(image_size=TINY.image_size, fonts=("sans", "mono"), palettes=("ink", "sea"), max_length=4),
         rewards={"left": WeightedReward(reward=PythonRewardConfig(target="varl.rewards.toy:left_brightness"))},
         algorithm=algorithm,
         train=TrainConfig(device="cpu"),
@@ -518,17 +532,22 @@ def test_probe_of_a_model_folder(tmp_path):
     assert json.loads((tmp_path / "run" / "probe.json").read_text()) == json.loads(json.dumps(content))
     assert content["model"] == model_identity(folder)
     assert [metrics["rounds"] for metrics in heard] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert not any("region_credit" in sentence for sentence in content["recommendations"])
     assert isinstance(contradictions(config, content), list)
     again = next_scale_folder.save(tmp_path / "other", tiny_policy().module.requires_grad_(False).double(), policy.tokenizer, {})
     assert contradictions(words_config(again, GRPOConfig(panw_alpha=9.0)), content) == []
 
 
+def test_what_the_probe_does_not_measure_is_said(tmp_path):
+    config = words_config(save_tiny(tmp_path / "model"), GRPOConfig(region_credit=True))
+    assert "region_credit and mask" in probe(config, tmp_path, minutes=0.0)["recommendations"][-1]
+
+
 def test_contradictions_name_setting_and_range(tmp_path):
-    policy = tiny_policy()
-    folder = next_scale_folder.save(tmp_path / "model", policy.module, policy.tokenizer, {})
+    folder = save_tiny(tmp_path / "model")
     found = {
         "model": model_identity(folder),
-        "grids": [[1, 1], [1, 2], [2, 8]],
+        "grids": [[1, 1], [1, 2], [2, 4]],
         "recommend": {
             "panw_alpha": 0.7,
             "panw_alpha_range": [0.6, 1.2],

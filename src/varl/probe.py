@@ -20,6 +20,7 @@ from varl.algorithms.grpo import repeated
 from varl.algorithms.panw import panw_weights
 from varl.algorithms.var_rl import FURTHER
 from varl.algorithms.vmr import best_continuations, middle_step, variance_parts
+from varl.build import build_judge, build_policy, build_prompts, model_path, needs_reference
 from varl.config import RunConfig, VARRLConfig
 from varl.data.sampler import PromptSampler
 from varl.errors import ConfigError, NumericsError
@@ -43,8 +44,10 @@ from varl.eval.gradients import (
     snr,
     step_scores,
 )
+from varl.plan import device_of
+from varl.report.page import finite
 from varl.rng import Stream
-from varl.types import BranchingPolicy, Judge, Judgement, Layout, Policy, Prompt, Rollout
+from varl.types import BranchingPolicy, Judge, Layout, Policy, Prompt, Rollout
 
 PROMPTS, GROUP = 2, 16
 """A batch of the pool: many small batches give the sharpest intervals."""
@@ -69,6 +72,20 @@ Tick = Callable[[Mapping[str, float]], None]
 # ---- measuring ------------------------------------------------------------------------------------------------------------------------
 
 
+def now() -> float:
+    """Seconds, once the GPU has done what was asked of it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def training_pass(policy: Policy, rollout: Rollout) -> None:
+    """Forward and backward, for its time alone."""
+    weights = [p for p in policy.module.parameters() if p.requires_grad]
+    with torch.enable_grad():
+        torch.autograd.grad(policy.score(rollout).logp.sum(), weights, allow_unused=True)
+
+
 @dataclass(slots=True)
 class Nested:
     """Nested sampling at one m: per prompt the variance between prefixes and within them, per round the seconds."""
@@ -76,7 +93,40 @@ class Nested:
     between: list[float] = field(default_factory=list)
     within: list[float] = field(default_factory=list)
     prefix_seconds: list[float] = field(default_factory=list)
+    """To draw one prefix and train on it."""
     continuation_seconds: list[float] = field(default_factory=list)
+    """To draw one continuation, decode and judge it."""
+
+    @property
+    def resolved(self) -> bool:
+        """Whether there is a share to estimate: some prompts, of which some had pictures of different rewards."""
+        return len(self.between) >= 3 and any((*self.between, *self.within))
+
+    def draw(
+        self, policy: BranchingPolicy, judge: Judge, prompts: Sequence[Prompt], rng: Stream, m: int, continuations: int
+    ) -> tuple[Rollout, Float[Tensor, "P G K"]]:
+        """A round: (the prefixes, what their continuations are worth), `len(rng)` prefixes of `prompts`, noted and timed."""
+        start = now()
+        prefix = policy.prefix(repeated(prompts, len(rng) // len(prompts)), rng, steps=m)
+        drawn = now()
+        whole = policy.complete(prefix, rng.at(FURTHER).repeat(continuations))
+        value = judged(policy, judge, whole).view(len(prompts), -1, continuations)
+        answered = now()
+        prefix = prefix.rows(range(len(prefix)))
+        training_pass(policy, prefix)
+        self.prefix_seconds.append((drawn - start + now() - answered) / len(prefix))
+        self.continuation_seconds.append((answered - drawn) / value.numel())
+        for prompt in value.split(1):
+            between, within = variance_parts(prompt)
+            if not math.isnan(between):
+                self.between.append(between)
+                self.within.append(within)
+        return prefix, value
+
+
+def judged(policy: Policy, judge: Judge, whole: Rollout) -> Float[Tensor, " B"]:
+    """What whole pictures are worth, waited for."""
+    return judge.submit(policy.decode(whole), whole.prompts).result().value
 
 
 class Probe:
@@ -122,7 +172,7 @@ class Probe:
         prompts = self.plain_prompts.at(number)
         rng = Stream(seed=self.seed, path=("probe", "plain", number), rows=tuple(range(PROMPTS)))
         rollout = self.policy.rollout(repeated(prompts, GROUP), rng.repeat(GROUP))
-        value = self._judged(rollout).value
+        value = judged(self.policy, self.judge, rollout)
         scores = torch.cat([self._scores(rollout.rows(range(i, min(i + self.rows, len(value))))) for i in range(0, len(value), self.rows)])
         self.sizes = torch.bincount(rollout.step.flatten().cpu().long(), minlength=len(self.sizes)) / len(value)
         gradient = batch_gradient(leave_one_out(value.view(PROMPTS, GROUP)).flatten(), scores)
@@ -135,43 +185,15 @@ class Probe:
 
     def nest(self, number: int, m: int) -> None:
         """Several continuations of several prefixes of each prompt."""
-        policy, found = self.policy, self.nested[m]
-        assert isinstance(policy, BranchingPolicy)
+        assert isinstance(self.policy, BranchingPolicy)
         rng = Stream(seed=self.seed, path=("probe", "nested", number), rows=tuple(range(NESTED_PROMPTS))).repeat(PREFIXES)
-        start = self._now()
-        prefix = policy.prefix(repeated(self.nested_prompts.at(number), PREFIXES), rng, steps=m)
-        drawn = self._now()
-        whole = policy.complete(prefix, rng.at(FURTHER).repeat(CONTINUATIONS))
-        value = self._judged(whole).value.view(NESTED_PROMPTS, PREFIXES, CONTINUATIONS)
-        judged = self._now()
-        self._train(prefix.rows(range(len(prefix))))
-        trained = self._now()
-        for prompt in value.split(1):
-            between, within = variance_parts(prompt)
-            if not math.isnan(between):
-                found.between.append(between)
-                found.within.append(within)
-        found.prefix_seconds.append((drawn - start + trained - judged) / (NESTED_PROMPTS * PREFIXES))
-        found.continuation_seconds.append((judged - drawn) / value.numel())
-
-    def _judged(self, rollout: Rollout) -> Judgement:
-        return self.judge.submit(self.policy.decode(rollout), rollout.prompts).result()
+        self.nested[m].draw(self.policy, self.judge, self.nested_prompts.at(number), rng, m, CONTINUATIONS)
 
     def _scores(self, rollout: Rollout) -> Float[Tensor, "B S D"]:
         return step_scores(self.policy, rollout, self._part(rollout.step), self.parts, self.projection)
 
     def _part(self, step: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
         return torch.bucketize(step.long(), torch.tensor(self.starts[1:], device=step.device), right=True)
-
-    def _train(self, rollout: Rollout) -> None:
-        weights = [p for p in self.policy.module.parameters() if p.requires_grad]
-        with torch.enable_grad():
-            torch.autograd.grad(self.policy.score(rollout).logp.sum(), weights, allow_unused=True)
-
-    def _now(self) -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
     # -- what the pool says ------------------------------------------------------------------------------------------------------------
 
@@ -218,11 +240,12 @@ def findings(probe: Probe) -> dict[str, Any]:
     weight = plain if alpha is None else probe.alpha_weights(alpha)
     needed = images_for_unit_snr(estimate(snr(m, weight)), batch)
     group = groups(m, torch.stack(probe.halves), weight)
-    nested = {start: settled(found) for start, found in probe.nested.items() if len(found.between) >= 3}
+    nested = {start: settled(found) for start, found in probe.nested.items() if found.resolved}
     # a prefix alone learns less than everything, so the longest that is as good is the mildest
     cut = mildest(dict(reversed(prefixes.items())), probe.policy.layout.steps)
     quarter = min(nested, key=lambda start: abs(nested[start].share.value - 0.25), default=None)
-    chosen = nested.get(cut if cut is not None else quarter) if nested else None  # type: ignore[arg-type]
+    middle = cut if cut is not None else quarter
+    chosen = nested.get(middle) if middle is not None else None
     content: dict[str, Any] = {
         "images": probe.images,
         "batches": len(probe.gradients),
@@ -249,7 +272,7 @@ def findings(probe: Probe) -> dict[str, Any]:
         "recommend": {
             "panw_alpha": alpha,
             "panw_alpha_range": as_range(alphas),
-            "middle_step": cut if cut is not None else quarter,
+            "middle_step": middle,
             "middle_step_range": as_range(prefixes),
             "num_continuations": chosen.continuations if chosen else 1,
             "num_generations": nearest_group(group),
@@ -378,20 +401,11 @@ def ratio_row(ratio: Estimate) -> dict[str, Any]:
     return {"rho2_ratio": ratio.value, "interval": [ratio.low, ratio.high]}
 
 
-def finite(value: Any) -> Any:
-    """As JSON can hold it: what is not finite is null."""
-    if isinstance(value, Mapping):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 # ---- saying ---------------------------------------------------------------------------------------------------------------------------
 
 
 def number(x: int | float) -> str:
-    return "unbounded" if math.isinf(x) else f"{x:,.0f}" if abs(x) >= 100 else f"{x:.2g}"
+    return "unbounded" if math.isinf(x) else f"{x:,.0f}" if abs(x) >= 99.5 else f"{x:.2g}"
 
 
 def span(x: Estimate) -> str:
@@ -454,11 +468,9 @@ def say_group(group: Estimate) -> str:
 
 def probe(config: RunConfig, out: Path, *, minutes: float = 3.0, tick: Tick = lambda metrics: None) -> dict[str, Any]:
     """Measures the config's model under its laws and rewards on its own prompts until `minutes` are over (at least `least_rounds`), and
-    writes out/probe.json. `tick` hears of rounds, pictures and seconds."""
-    from varl.build import build_judge, build_policy, build_prompts, model_path, needs_reference
-
-    wanted = config.train.device
-    device = torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu")
+    writes out/probe.json. Every picture has one advantage: region credit and masks are not measured. `tick` hears of rounds, pictures and
+    seconds."""
+    device = device_of(config.train.device)
     model = model_identity(model_path(config.model))
     policy = build_policy(config, device, reference=needs_reference(config.algorithm))
     judge = build_judge(config)
@@ -467,6 +479,11 @@ def probe(config: RunConfig, out: Path, *, minutes: float = 3.0, tick: Tick = la
         content = measure(Probe(policy, judge, prompts, seed=config.seed, rows=config.train.rollouts_per_backward), 60 * minutes, tick)
     finally:
         judge.close()
+    grpo = config.algorithm.grpo if isinstance(config.algorithm, VARRLConfig) else config.algorithm
+    if grpo.region_credit or grpo.mask != "none":
+        content["recommendations"].append(
+            "All of this with one advantage for each picture: the region_credit and mask that the config asks for are not measured."
+        )
     content = {"model": model, "seed": config.seed, **content}
     out.mkdir(parents=True, exist_ok=True)
     (out / "probe.json").write_text(json.dumps(content, indent=2))
@@ -489,8 +506,6 @@ def model_identity(folder: Path) -> str:
 
 def contradictions(config: RunConfig, probe: Mapping[str, Any]) -> list[str]:
     """Settings that a probe of the same model found worse, beyond its error, each in a sentence; none if it is of another model."""
-    from varl.build import model_path
-
     if probe.get("model") != model_identity(model_path(config.model)):
         return []
     two_stage = config.algorithm

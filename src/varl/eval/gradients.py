@@ -60,12 +60,15 @@ class Linears(TorchFunctionMode):
     def __init__(self, projection: Projection, rows: int) -> None:
         super().__init__()
         self.projection, self.rows = projection, rows
+        self.sliced = False
+        """Whether the policy scored fewer rows at a time somewhere."""
         self.outputs: list[Tensor] = []
         self.projectors: list[tuple[slice, Callable[[Tensor], Tensor]]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         place = self.projection.places.get(id(args[1])) if func is F.linear else None
+        self.sliced |= place is not None and len(args[0]) < self.rows
         if place is not None and out.requires_grad and len(args[0]) % self.rows == 0:
             stretch, left, right = place
             right_x = self._by_row(args[0].detach()) @ right
@@ -83,8 +86,9 @@ def step_scores(
     policy: Policy, rollout: Rollout, part: Int[Tensor, "B L"], parts: int, projection: Projection
 ) -> Float[Tensor, "B parts D"]:
     """Gradient of the summed log-probs of each row's tokens in each part (a step, or any other grouping of tokens), projected. Forward
-    over the tokens up to the part's last step, backward to the linear layers' outputs. A layer that does not see one input per row
-    is left out: with guidance, those that encode the prompt."""
+    over the tokens up to the part's last step, backward to the linear layers' outputs. A policy that scores only some rows at a time, for
+    their logits are large, is given no more than these. A layer that does not see one input per row is left out: with guidance, those that
+    encode the prompt."""
     numbered = tuple(
         NumberedPrompt(**{f.name: getattr(prompt, f.name) for f in fields(Prompt)}, row=row) for row, prompt in enumerate(rollout.prompts)
     )
@@ -93,10 +97,13 @@ def step_scores(
     by_length: dict[int, list[int]] = {}
     for number in part.unique().tolist():
         by_length.setdefault(tokens_until(policy, rollout, part == number), []).append(number)
-    for tokens, numbers in by_length.items():
+    for tokens, numbers in sorted(by_length.items(), reverse=True):
         some = first_tokens(rollout, tokens)
         with torch.enable_grad(), Linears(projection, len(some)) as seen:
             logp = policy.score(some).logp
+        if seen.sliced:
+            halves = range(len(rollout) // 2), range(len(rollout) // 2, len(rollout))
+            return torch.cat([step_scores(policy, rollout.rows(half), part[list(half)], parts, projection) for half in halves])
         for number in numbers:
             total = (logp * (part[:, :tokens] == number).to(logp.device)).sum()
             deltas = torch.autograd.grad(total, seen.outputs, retain_graph=number != numbers[-1], allow_unused=True)
