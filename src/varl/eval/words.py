@@ -45,16 +45,17 @@ def token_diversity(actions: Int[Tensor, "B L"], copies: int) -> float:
 
 
 def share_interval(hits: Float[Tensor, " B"], copies: int) -> tuple[float, float]:
-    """Mean, and the half-width of its 95% interval, clustered by prompt (pictures of one word are not independent)."""
-    values = hits[: len(hits) // copies * copies].view(-1, copies).mean(1)
-    return float(values.mean()), float(1.96 * values.std() / len(values) ** 0.5)
+    """Mean over prompts of the mean over their pictures, and the half-width of its 95% interval, clustered by prompt (pictures of one word
+    are not independent). Failed readings (NaN) are left out; NaN where fewer than one, or for the half-width two, prompts are left."""
+    values = hits.view(-1, copies).nanmean(1)
+    values = values[~values.isnan()]
+    half = 1.96 * values.std() / len(values) ** 0.5 if len(values) > 1 else torch.nan
+    return float(values.mean()), float(half)
 
 
 def reading_metrics(parts: Mapping[str, Float[Tensor, " B"]], copies: int) -> dict[str, float]:
     """word_accuracy and ned (similarity), with the half-widths of their 95% intervals; failed readings (NaN) are left out and counted."""
-    metrics = {}
+    metrics = {"failed": float(parts["ned"].isnan().float().mean())}
     for name in ("word_accuracy", "ned"):
-        ok = ~parts[name].isnan()
-        metrics[name], metrics[f"{name}_ci95"] = share_interval(parts[name][ok], copies if bool(ok.all()) else 1)
-        metrics["failed"] = float((~ok).float().mean())
+        metrics[name], metrics[f"{name}_ci95"] = share_interval(parts[name], copies)
     return metrics
