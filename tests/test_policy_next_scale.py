@@ -314,6 +314,15 @@ def test_bfloat16_acts_and_scores_alike(policy):
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in low.module.parameters())
 
 
+def test_in_bfloat16_the_model_sees_what_it_will_see_in_its_replay(policy):
+    """The partial pictures are summed in fp32 in both, so they are equal but for the order of a sum; in bf16 they would be off by 4e-3."""
+    low = NextScalePolicy(policy.module, policy.tokenizer, dtype=torch.bfloat16)
+    seen: list[torch.Tensor] = []
+    low.module.word_embed.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    rollout = rollout_of(low)
+    torch.testing.assert_close(torch.cat(seen, 1), low.tokenizer.inputs(rollout.actions), rtol=0, atol=1e-5)
+
+
 # ---- pictures, prompts, settings
 
 
@@ -330,9 +339,18 @@ def test_a_class_that_the_model_does_not_know(label):
         make(CLASSES).rollout([Prompt(label=label)], stream([0]))
 
 
-def test_a_prompt_that_the_model_cannot_read():
-    with pytest.raises(DataError, match="'x'"):
-        make(TEXT).rollout([Prompt(text="x")], stream([0]))
+@pytest.mark.parametrize(
+    ("config", "prompt", "named"),
+    [
+        (TEXT, Prompt(text="x"), "'x'"),
+        (TEXT, Prompt(label=2), "label 2: this model reads text"),
+        (CLASSES, Prompt(text="AB"), "'AB': this model draws classes and reads no text.*0 to 4"),
+    ],
+)
+def test_a_prompt_that_the_model_cannot_read(config, prompt, named):
+    """It would be drawn as the empty prompt, and nobody would know."""
+    with pytest.raises(DataError, match=named):
+        make(config).rollout([Prompt(), prompt], stream([0, 1]))
 
 
 def test_a_prompts_picture_does_not_depend_on_longer_neighbours():

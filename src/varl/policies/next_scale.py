@@ -1,8 +1,7 @@
 """A next-scale model behind `BranchingPolicy`: act scale by scale, stop at any scale, fork the cache there, replay in one pass."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -57,10 +56,8 @@ class NextScalePolicy:
     def device(self) -> torch.device:
         return self.module.pos_start.device
 
-    @contextmanager
-    def _precision(self) -> Iterator[None]:
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            yield
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     # -- prompts -----------------------------------------------------------------------------------------------------------------------
 
@@ -68,11 +65,15 @@ class NextScalePolicy:
         """Classes or characters of the prompts, as the model reads them. The empty prompt is guidance's "none"."""
         config = self.module.config
         if config.text is not None:
+            if unread := [p.label for p in prompts if p.label is not None and not p.text]:
+                raise DataError(f"prompt label {unread[0]}: this model reads text and knows no classes. Give the prompt a text.")
             return encode_text([p.text for p in prompts], [p.style for p in prompts], config.text).to(self.device)
         none = self.module.class_emb.num_embeddings - 1
         for prompt in prompts:
+            if prompt.label is None and prompt.text:
+                raise DataError(f"prompt {prompt.text!r}: this model draws classes and reads no text. Give it a label, 0 to {none - 1}.")
             if prompt.label is not None and not 0 <= prompt.label < none:
-                raise DataError(f"prompt label {prompt.label}: the model knows classes 0 to {none - 1}.")
+                raise DataError(f"prompt label {prompt.label}: the model knows classes 0 to {none - 1}. Give one of them.")
         return torch.tensor([none if p.label is None else p.label for p in prompts], device=self.device)
 
     def _condition(self, model: NextScale, prompts: Sequence[Prompt], guided: bool) -> Condition:
@@ -91,7 +92,7 @@ class NextScalePolicy:
         return self.sample_law.guided or self.score_law.guided
 
     def rollout(self, prompts: Sequence[Prompt], rng: Stream) -> Rollout:
-        return self.prefix(prompts, rng, steps=self.layout.steps).rows(range(len(prompts)))
+        return replace(self.prefix(prompts, rng, steps=self.layout.steps), state=None)
 
     @torch.no_grad()
     def prefix(self, prompts: Sequence[Prompt], rng: Stream, *, steps: int) -> Rollout:
@@ -158,13 +159,16 @@ class NextScalePolicy:
                 logps.append(sampled)
             else:
                 logps.append(self._law(cond, uncond, self.score_law, scale).gather(-1, drawn.unsqueeze(-1)).squeeze(-1))
-            branch.f_hat = branch.f_hat + quantize.contribution(quantize.embedding(drawn), scale).float()
+            with torch.autocast(self.device.type, enabled=False):  # in fp32, as in `score`: rounding would add up over the scales
+                branch.f_hat = branch.f_hat + quantize.contribution(quantize.embedding(drawn), scale)
         return torch.cat(ids, 1), torch.cat(logps, 1), None if same else torch.cat(sample_logps, 1)
 
     def _law(self, cond: Tensor, uncond: Tensor | None, law: LawConfig, scale: int) -> Tensor:
         return token_law(cond, uncond if law.guided else None, law, law.guidance(scale))
 
-    def _record(self, prompts, rng: Stream, ids: Tensor, logp: Tensor, sample_logp: Tensor | None, state: Branch | None) -> Rollout:
+    def _record(
+        self, prompts: Sequence[Prompt], rng: Stream, ids: Tensor, logp: Tensor, sample_logp: Tensor | None, state: Branch | None
+    ) -> Rollout:
         step = self.module.scale_of_token[: ids.shape[1]].expand(len(ids), -1)
         return Rollout(
             prompts=tuple(prompts),
@@ -224,5 +228,6 @@ class NextScalePolicy:
 
     @torch.no_grad()
     def decode(self, rollout: Rollout) -> Float[Tensor, "B 3 H W"]:
+        f_hat = self.tokenizer.f_hat(rollout.actions)
         with self._precision():
-            return self.tokenizer.render(self.tokenizer.f_hat(rollout.actions)).float().add(1).div(2).clamp(0, 1)
+            return self.tokenizer.render(f_hat).float().add(1).div(2).clamp(0, 1)
