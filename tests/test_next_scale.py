@@ -5,7 +5,7 @@ import torch
 
 from varl.config import NextScaleConfig, TextConfig, TokenizerConfig
 from varl.errors import ConfigError, DataError
-from varl.models.next_scale import NextScale
+from varl.models.next_scale import NextScale, text_slots, text_vocabulary
 from varl.tokenizers.text import encode_text
 
 SQUARE, WIDE, BLOCK = ((1, 1), (2, 2), (3, 3)), ((1, 2), (1, 4), (2, 8)), ((2, 2), (2, 3), (4, 4))
@@ -199,6 +199,13 @@ def test_scales_of_tokens():
 def test_text_by_hand():
     ids = encode_text(["A|B C", ""], [("ink",), ()], TEXT)
     assert ids.tolist() == [[1, 8, 0, 4, 2, 5, 3, 6], [1, 0, 0, 0, 0, 0, 0, 0]]
+
+
+def test_the_longest_prompt_of_the_last_symbols_fills_the_encoder():
+    """The two rooms that must agree do not import one another."""
+    ids = encode_text(["C" * TEXT.max_length], [("ink", "ink")], TEXT)
+    assert ids.shape[1] == text_slots(TEXT)
+    assert ids.max() == text_vocabulary(TEXT) - 1
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def save(path: Path | str, model: NextScale, tokenizer: MultiScaleVQ, notes: Map
 def load(path: Path | str) -> tuple[NextScale, MultiScaleVQ]:
     """Strict: every key accounted for, every hash checked, the config checked before any weight is read."""
     config = from_yaml(load_config(path), NextScaleConfig)
-    model, tokenizer = NextScale(config), MultiScaleVQ(config.tokenizer, config.grids)
+    model, tokenizer = NextScale.unfilled(config), MultiScaleVQ(config.tokenizer, config.grids)
     strict_load(model, load_tensors(path, "model"), f"{path}/model.safetensors")
     strict_load(tokenizer, load_tensors(path, "tokenizer"), f"{path}/tokenizer.safetensors")
     return model, tokenizer

@@ -43,9 +43,7 @@ def load_var(path_var: Path | str, path_vae: Path | str) -> tuple[NextScale, Mul
         )
     vq = MultiScaleVQ(tokenizer, config.grids)
     fill_tokenizer(vq, vae, str(path_vae))
-    with torch.device("meta"):  # skips drawing initial weights, which takes minutes at the largest size
-        model = NextScale(config)
-    model.to_empty(device="cpu").scale_of_token = NextScale.scales_of_tokens(config.grids)
+    model = NextScale.unfilled(config)
     fill_transformer(model, var, str(path_var))
     return model, vq
 

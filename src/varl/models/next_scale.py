@@ -251,6 +251,14 @@ class NextScale(nn.Module):
         """Which scale each token belongs to."""
         return torch.cat([torch.full((h * w,), scale) for scale, (h, w) in enumerate(grids)])
 
+    @classmethod
+    def unfilled(cls, config: NextScaleConfig) -> "NextScale":
+        """A model on the CPU whose weights are still to be loaded: to draw initial ones takes minutes at the largest size."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.to_empty(device="cpu").scale_of_token = cls.scales_of_tokens(config.grids)
+        return model
+
     def _init(self, std: float) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):

@@ -69,20 +69,19 @@ class Up(nn.Module):
 class Level(nn.Module):
     """Residual blocks at one resolution, with attention after each where asked, and then the change of resolution."""
 
-    def __init__(self, before: int, after: int, blocks: int, attention: bool, resample: nn.Module | None, name: str) -> None:
+    def __init__(self, before: int, after: int, blocks: int, attention: bool, name: str, resample: nn.Module) -> None:
         super().__init__()
         self.block = nn.ModuleList(ResBlock(before if i == 0 else after, after) for i in range(blocks))
         self.attn = nn.ModuleList(Attention(after) for _ in range(blocks if attention else 0))
+        self.add_module(name, resample)
         self.resample = name
-        if resample is not None:
-            self.add_module(name, resample)
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
             x = block(x)
             if self.attn:
                 x = self.attn[i](x)
-        return getattr(self, self.resample)(x) if hasattr(self, self.resample) else x
+        return self.get_submodule(self.resample)(x)
 
 
 class Middle(nn.Module):
@@ -104,14 +103,14 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3 * config.patch**2, config.width, 3, padding=1)
         self.down = nn.ModuleList(
             Level(
-                ([config.width, *widths])[i],
-                widths[i],
+                before,
+                after,
                 config.blocks,
                 config.attention and i == last,
-                Down(widths[i]) if i < last else None,
                 "downsample",
+                Down(after) if i < last else nn.Identity(),
             )
-            for i in range(len(widths))
+            for i, (before, after) in enumerate(pairwise([config.width, *widths]))
         )
         self.mid = Middle(widths[-1], config.attention)
         self.norm_out, self.conv_out = norm(widths[-1]), nn.Conv2d(widths[-1], config.channels, 3, padding=1)
@@ -137,8 +136,8 @@ class Decoder(nn.Module):
                 widths[i],
                 config.blocks + 1,
                 config.attention and i == last,
-                Up(widths[i]) if i > 0 else None,
                 "upsample",
+                Up(widths[i]) if i > 0 else nn.Identity(),
             )
             for i in range(len(widths))
         )
@@ -267,8 +266,7 @@ class MultiScaleVQ(nn.Module):
         scales = [self.quantize.embedding(part) for part in self.split(ids)]
         sums = self.partial_sums(scales[:-1])
         parts = [self.quantize.next_input(f_hat, scale + 1) for scale, f_hat in enumerate(sums)]
-        first = self.quantize.embedding.weight
-        return torch.cat(parts, 1) if parts else first.new_zeros(len(ids), 0, self.config.channels)
+        return torch.cat(parts, 1) if parts else self.quantize.embedding.weight.new_zeros(len(ids), 0, self.config.channels)
 
     def f_hat(self, ids: Int[Tensor, "B L"]) -> Float[Tensor, "B C h w"]:
         return self.partial_sums([self.quantize.embedding(part) for part in self.split(ids)])[-1]
