@@ -187,6 +187,7 @@ def test_a_transformer_needs_its_tokenizer_nearby(tmp_path):
 def test_no_case_is_a_failure(tmp_path):
     assert run(tmp_path) == []
     assert failed([])
+    assert format_table([]).startswith("No case was found: one is CASE.json beside CASE.safetensors")
 
 
 def test_a_family_to_come_neither_passes_nor_fails(tmp_path):
@@ -197,9 +198,30 @@ def test_a_family_to_come_neither_passes_nor_fails(tmp_path):
     assert not failed([result])
 
 
+@recorded
+@pytest.mark.parametrize("family", ["harmon", "infinity", "janus", "llamagen", "mar", "nova"])
+def test_families_to_come_are_refused_in_one_line_each(family):
+    results = run(GOLDEN / family)
+    assert format_table(results) == f"{family}: not supported yet, {len(results)} not checked; VARL has var."
+
+
+@recorded
+def test_key_lists_of_other_families_are_counted_with_their_family(tmp_path, monkeypatch):
+    copy = tmp_path / "keys"
+    copy.mkdir()
+    for name in ("mar-kl16", "mar-mar_base", "var-d16"):
+        shutil.copyfile(GOLDEN / "keys" / f"{name}.json", copy / f"{name}.json")
+    monkeypatch.chdir(copy)
+    table = format_table(run(Path("."))).splitlines()  # the folder has no name here
+    assert re.split(r"\s{2,}", table[1]) == ["var/var-d16", "220", "-", "-", "agrees"]
+    assert table[2:] == ["mar: not supported yet, 2 not checked; VARL has var."]
+
+
 def test_a_damaged_file_fails_and_the_others_are_checked(tmp_path):
     (tmp_path / "a.json").write_text("{")
     (tmp_path / "b.json").write_text(json.dumps({"model": "var", "case": "b", "tensors": [], "config": {}}))
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "c.json").write_text(json.dumps({"state_dict": {}}))  # of no model: not a case
     first, second = run(tmp_path)
     assert "cannot be read as JSON" in first.problems[0]
     assert "cannot be read as safetensors" in second.problems[0]
@@ -219,6 +241,7 @@ def test_errors_in_units_of_tolerance():
     ids = torch.tensor([3, 4])
     assert error_ratio(ids, ids, {"exact": True}) == 0
     assert error_ratio(ids, ids + 1, {"exact": True}) == math.inf
+    assert error_ratio(ids + 0.5, ids, {"exact": True}) == math.inf
     bytes_ = torch.tensor([3, 255], dtype=torch.uint8)
     assert error_ratio(bytes_ - torch.tensor([0, 2], dtype=torch.uint8), bytes_, {"max_abs": 1}) == 2
 
@@ -229,12 +252,15 @@ def test_the_table():
             CaseResult(family="var", case="tiny", verdict="agrees", compared=3, worst="out.f", ratio=0.25),
             CaseResult(family="var", case="bad", verdict="FAILS", problems=("no recipe for out.x",)),
             CaseResult(family="mar", case="tiny", verdict="not supported yet"),
+            CaseResult(family="var", case="small", verdict="agrees", compared=7),
+            CaseResult(family="mar", case="small", verdict="not supported yet"),
         ]
     ).splitlines()
     assert re.split(r"\s{2,}", table[1]) == ["var/tiny", "3", "out.f", "0.250", "agrees"]
     assert table[2].endswith("FAILS")
     assert table[3].strip() == "no recipe for out.x"
-    assert table[4].endswith("not supported yet")
+    assert re.split(r"\s{2,}", table[4]) == ["var/small", "7", "-", "-", "agrees"]
+    assert table[5:] == ["mar: not supported yet, 2 not checked; VARL has var."]
 
 
 # ---- released files

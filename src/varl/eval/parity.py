@@ -4,6 +4,7 @@ the names and shapes of a released file's weights. Models are built from the JSO
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from varl.checkpoints.folder import read_tensors
-from varl.checkpoints.var import SCHEDULES, fill_tokenizer, fill_transformer, tokenizer_config, transformer_config
+from varl.checkpoints.var import SCHEDULES, Shapes, fill_tokenizer, fill_transformer, tokenizer_config, transformer_config
 from varl.config import LawConfig, NextScaleConfig, TokenizerConfig, var_guidance
 from varl.errors import CheckpointError, ConfigError
 from varl.models.next_scale import NextScale
@@ -65,23 +66,28 @@ class Case:
             yield from recorded[name]
 
 
-Recipe = Callable[[Case], dict[str, Tensor]]
-"""From a case to its results, by the names under `out.`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """What it takes to check the cases of one model family."""
+
+    results: Callable[[Case], dict[str, Tensor]]
+    """From a case to its results, by the names under `out.`."""
+    fit: Callable[[Shapes, str], None]
+    """Raises where the weights of a released file, given by name and shape, and where they are from, do not fit our modules."""
 
 
 def run(folder: Path) -> list[CaseResult]:
     """Every case under `folder`, at any depth, in the order of their paths."""
+    root = Path(folder).resolve()
     results = []
-    for file in sorted(Path(folder).rglob("*.json")):
+    for file in sorted(root.rglob("*.json")):
         try:
             info = _read(file)
         except CheckpointError as error:
             results.append(CaseResult(family=file.parent.name, case=file.stem, verdict="FAILS", problems=(str(error),)))
             continue
-        if file.parent.name == "keys" and "state_dict" in info:
-            results.append(_check(file, info, _key_list))
-        elif "model" in info and "tensors" in info:
-            results.append(_check(file, info, lambda file, info: _compare(_load(Path(folder), file, info))))
+        if "model" in info and ("tensors" in info or (file.parent.name == "keys" and "state_dict" in info)):
+            results.append(_check(root, file, info))
     return results
 
 
@@ -91,35 +97,44 @@ def failed(results: Sequence[CaseResult]) -> bool:
 
 
 def format_table(results: Sequence[CaseResult]) -> str:
-    """One line per case, with the reasons of a failure below it; the error is in units of the tolerance."""
+    """One line per case, with the reasons of a failure below it; the error is in units of the tolerance. Then one line for each family that
+    VARL does not have."""
+    checked = [r for r in results if r.verdict != "not supported yet"]
+    lacking = Counter(r.family for r in results if r.verdict == "not supported yet")
     head = ("case", "compared", "worst", "error / tolerance", "verdict")
     rows = [
-        (f"{r.family}/{r.case}", str(r.compared or "-"), r.worst or "-", f"{r.ratio:.3f}" if r.worst else "-", r.verdict) for r in results
+        (f"{r.family}/{r.case}", str(r.compared or "-"), r.worst or "-", f"{r.ratio:.3f}" if r.worst else "-", r.verdict) for r in checked
     ]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
-    below = [[f"    {problem}" for problem in r.problems] for r in results]
-    return "\n".join([lines[0], *(text for line, more in zip(lines[1:], below, strict=True) for text in (line, *more))])
+    below = [[f"    {problem}" for problem in r.problems] for r in checked]
+    table = [text for line, more in zip(lines[1:], below, strict=True) for text in (line, *more)]
+    others = [f"{family}: not supported yet, {count} not checked; VARL has {', '.join(FAMILIES)}." for family, count in lacking.items()]
+    none = "No case was found: one is CASE.json beside CASE.safetensors, or a list of a released file's names in a folder `keys`."
+    return "\n".join([*([lines[0], *table] if checked else []), *others] or [none])
 
 
 # ---- one case -------------------------------------------------------------------------------------------------------------------------
 
 
-def _check(file: Path, info: dict[str, Any], check: Callable[[Path, dict[str, Any]], CaseResult]) -> CaseResult:
-    family, case = str(info["model"]).split("-")[0], str(info.get("case", file.stem))
-    if family not in RECIPES:
-        return CaseResult(family=family, case=case, verdict="not supported yet")
+def _check(root: Path, file: Path, info: dict[str, Any]) -> CaseResult:
+    name, case = str(info["model"]).split("-")[0], str(info.get("case", file.stem))
+    if name not in FAMILIES:
+        return CaseResult(family=name, case=case, verdict="not supported yet")
     try:
         with torch.no_grad():
-            return check(file, info)
+            if "tensors" in info:
+                return _compare(name, case, _load(root, file, info))
+            FAMILIES[name].fit(info["state_dict"], str(file))
+            return CaseResult(family=name, case=case, verdict="agrees", compared=len(info["state_dict"]))
     except Exception as error:  # whatever a file from outside may hold, the other cases are still checked
-        return CaseResult(family=family, case=case, verdict="FAILS", problems=(f"{type(error).__name__}: {error}",))
+        return CaseResult(family=name, case=case, verdict="FAILS", problems=(f"{type(error).__name__}: {error}",))
 
 
-def _compare(case: Case) -> CaseResult:
+def _compare(family: str, name: str, case: Case) -> CaseResult:
     want = {f"out.{name}": tensor for name, tensor in case.part("out.").items()}
     tolerance = {entry["name"]: entry.get("tolerance") for entry in case.info["tensors"]}
-    got = {f"out.{name}": tensor for name, tensor in RECIPES[case.info["model"]](case).items()}
+    got = {f"out.{name}": tensor for name, tensor in FAMILIES[family].results(case).items()}
     unknown = [name for name in want if name not in got or tolerance.get(name) is None]
     problems = [f"no recipe for {name}" if name not in got else f"{name} has no tolerance" for name in unknown]
     problems += [f"{name} is listed and not stored" for name in tolerance if name.startswith("out.") and name not in want]
@@ -129,8 +144,8 @@ def _compare(case: Case) -> CaseResult:
         problems.append("it holds no results to compare with")
     worst = max(ratios, key=lambda name: ratios[name], default="")
     return CaseResult(
-        family=case.info["model"],
-        case=case.info["case"],
+        family=family,
+        case=name,
         verdict="FAILS" if problems else "agrees",
         compared=len(ratios),
         worst=worst,
@@ -145,7 +160,7 @@ def error_ratio(got: Tensor, want: Tensor, tolerance: Mapping[str, Any]) -> floa
     if got.shape != want.shape:
         return math.inf
     if tolerance.get("exact"):
-        return 0.0 if torch.equal(got.to(want.dtype), want) else math.inf
+        return 0.0 if bool((got == want).all()) else math.inf
     got, want = got.double(), want.double()
     allowed = (
         torch.full_like(want, tolerance["max_abs"]) if "max_abs" in tolerance else tolerance["atol"] + tolerance.get("rtol", 0) * want.abs()
@@ -175,21 +190,6 @@ def _load(root: Path, file: Path, info: dict[str, Any]) -> Case:
     return Case(root=root, file=file, info=info, tensors=read_tensors(file.with_suffix(".safetensors")))
 
 
-def _key_list(file: Path, info: dict[str, Any]) -> CaseResult:
-    """Whether our modules, made for these shapes on the meta device, take exactly these names."""
-    shapes, where = info["state_dict"], str(file)
-    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    with torch.device("meta"):
-        if "pos_1LC" not in shapes:
-            fill_tokenizer(MultiScaleVQ(tokenizer_config(shapes, where), SCHEDULES[680]), state, where)
-        elif shapes["pos_1LC"][1] not in SCHEDULES:
-            raise CheckpointError(f"{where}: {shapes['pos_1LC'][1]} tokens are of no released schedule; those have {[*SCHEDULES]}.")
-        else:
-            config = transformer_config(shapes, SCHEDULES[shapes["pos_1LC"][1]], TokenizerConfig(), where)
-            fill_transformer(NextScale(config), state, where)
-    return CaseResult(family=info["model"].split("-")[0], case=file.stem, verdict="agrees", compared=len(shapes))
-
-
 # ---- VAR ------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -201,8 +201,20 @@ def _var(case: Case) -> dict[str, Tensor]:
     raise ConfigError(f"{case.file}: config has neither vocab_size (a tokenizer) nor vae (a transformer).")
 
 
-RECIPES: dict[str, Recipe] = {"var": _var}
-"""The families that can be checked, by the JSON's `model`."""
+def _var_fit(shapes: Shapes, where: str) -> None:
+    state = {name: torch.empty(tuple(shape), device="meta") for name, shape in shapes.items()}
+    with torch.device("meta"):
+        if "pos_1LC" not in shapes:
+            fill_tokenizer(MultiScaleVQ(tokenizer_config(shapes, where), SCHEDULES[680]), state, where)
+        elif shapes["pos_1LC"][1] not in SCHEDULES:
+            raise CheckpointError(f"{where}: {shapes['pos_1LC'][1]} tokens are of no released schedule; those have {[*SCHEDULES]}.")
+        else:
+            config = transformer_config(shapes, SCHEDULES[shapes["pos_1LC"][1]], TokenizerConfig(), where)
+            fill_transformer(NextScale(config), state, where)
+
+
+FAMILIES: dict[str, Family] = {"var": Family(results=_var, fit=_var_fit)}
+"""The families that can be checked, by the JSON's `model`, of which a key list's begins so."""
 
 
 def _var_grids(config: dict[str, Any]) -> tuple[Grid, ...]:
