@@ -230,8 +230,7 @@ def test_page_of_a_run_that_has_only_begun(tmp_path):
     (tmp_path / "config.yaml").write_text("name: early\n")
     content = shown(write_report(tmp_path))
     assert set(content["missing"]) == {"gallery", "film", "metrics", "tables", "probe", "events", "command"}
-    assert f"varl eval {tmp_path}" in content["missing"]["gallery"]
-    assert f"varl probe {tmp_path}" in content["missing"]["probe"]
+    assert f"`varl probe {tmp_path}/config.yaml --out {tmp_path}`" in content["missing"]["probe"]
     assert content["headline"] is None
 
 
@@ -341,6 +340,15 @@ def test_a_sweep_before_and_after_lies_side_by_side():
     (sweep,) = tables({"sweep": {side: {"0.5": {"ned": value}, "1.0": {"ned": value}} for side, value in (("before", 1), ("after", 2))}})
     assert [row["label"] for row in sweep["rows"]] == ["0.5", "1.0"]
     assert {name: cell["value"] for name, cell in sweep["rows"][0]["cells"].items()} == {"ned, before": 1, "ned, after": 2}
+
+
+def test_what_varl_eval_found_is_a_table(tmp_path):
+    (tmp_path / "config.yaml").write_text("name: x\n")
+    rows = [{"temperature": t, "judge": "rapidocr", "word_accuracy": a} for t, a in ((1.0, 0.4), (0.5, 0.6))]
+    (tmp_path / "eval.json").write_text(json.dumps({"model": "m", "rows": rows}))
+    (table,) = shown(write_report(tmp_path))["tables"]
+    assert table["title"] == "evaluation"
+    assert [row["cells"]["word_accuracy"]["value"] for row in table["rows"]] == [0.4, 0.6]
 
 
 def test_headline_falls_back_to_evaluations_then_to_the_reward(tmp_path):

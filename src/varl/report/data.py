@@ -21,6 +21,7 @@ class Run:
     config_text: str
     command: str
     summary: dict[str, Any]
+    """summary.json, and the rows of `varl eval` as its "evaluation"."""
     steps: list[int]
     columns: dict[str, list[Cell]]
     """Metric by metric, one cell per entry of `steps`."""
@@ -47,13 +48,14 @@ def read_run(path: Path) -> Run:
         raise DataError(f"{config_file}: missing, so {path} is no run directory. Give the folder that `varl train --out` wrote.")
     config_text = config_file.read_text(encoding="utf-8")
     lines, torn = read_lines(path / "metrics.jsonl")
+    evaluated = read_json(path / "eval.json") or {}
     steps, columns = by_column(lines)
     return Run(
         path=path,
         config=parse_config(config_text, config_file),
         config_text=config_text,
         command=read_text(path / "command.txt").strip(),
-        summary=read_json(path / "summary.json") or {},
+        summary=(read_json(path / "summary.json") or {}) | ({"evaluation": evaluated["rows"]} if evaluated else {}),
         steps=steps,
         columns=columns,
         torn=torn,

@@ -536,7 +536,7 @@ function comparison() {
     section("final", "Final metrics", run.last, grid(run.metrics)),
     section("settings", "What was set differently", null, run.settings.length ? grid(run.settings) : h("div", { class: "absent" }, "Nothing: the configurations agree.")),
     section("curves", "Curves", "Strong: moving average. Faint: as measured.", h("div", { class: "row spread" }, h("span", {}), smoothing()),
-      h("div", { class: "charts" }, run.curves.map(({ name, series, says }) => chart(name, series.map((each) => ({ ...each, colour: colour(each.run), name: run.runs[each.run], legend: true })), { says }))))];
+      h("div", { class: "charts" }, run.curves.map(({ name, series }) => chart(name, series.map((each) => ({ ...each, colour: colour(each.run), name: run.runs[each.run], legend: true }))))))];
 }
 
 /* ---- the page ---- */

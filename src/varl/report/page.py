@@ -75,11 +75,11 @@ def absent(run: Run) -> dict[str, str]:
     """For each part of the page: why it may be absent, and which command makes it."""
     where = run.path
     return {
-        "gallery": f"No pictures from before and after training yet: `varl eval {where}` makes them.",
+        "gallery": "No pictures from before and after training: `varl demo` makes them.",
         "film": "No pictures from during training: `varl train` writes them at fixed prompts and seeds every train.image_every steps.",
         "metrics": "No metrics yet: `varl train` writes a line to metrics.jsonl at every step.",
-        "tables": f"No evaluation yet: `varl eval {where}` writes one to summary.json.",
-        "probe": f"Not probed: `varl probe {where}` measures the gradient's signal and noise, and how much reward each step settles.",
+        "tables": f"No evaluation yet: `varl eval {where}` makes one.",
+        "probe": f"Not probed: `varl probe {where}/config.yaml --out {where}` measures signal and noise, and how much each step settles.",
         "events": "Nothing happened but training: no warning, no restart, no replaced worker.",
         "command": "The command was not recorded: `varl train` writes it to command.txt.",
     }
