@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tiny import TINY
 from varl.checkpoints import next_scale as model_folder
-from varl.config import FolderConfig, NextScaleConfig, OptimConfig, PretrainConfig, TextConfig, TokenizerConfig, WordsConfig
+from varl.checkpoints import run_state
+from varl.config import FolderConfig, OptimConfig, PretrainConfig, TextConfig, WordsConfig
 from varl.data.folder import write_folder
 from varl.data.words import split, word_list
 from varl.errors import ConfigError, DataError, NumericsError
@@ -17,14 +19,7 @@ from varl.rng import generator
 from varl.types import Prompt
 
 WORDS = "ACE ADD AGE AID AIM AIR ANT ARM ART ASH BAD BAG BAR BAT BED BEE BIG BIT BOX BUS CAB CAN CAP CAR CAT COW CUP DAY DOG EAR"
-MODEL = NextScaleConfig(
-    depth=1,
-    width=32,
-    heads=2,
-    grids=((1, 1), (1, 2), (2, 4)),
-    text=TextConfig(styles=("sans", "ink"), max_length=4),
-    tokenizer=TokenizerConfig(vocab=16, channels=4, width=16, multipliers=(1,), blocks=1, attention=False, patch=8),
-)
+MODEL = replace(TINY, text=TextConfig(styles=("sans", "ink"), max_length=4))
 TOKENIZER_STEPS, STEPS = 20, 12
 
 
@@ -238,4 +233,23 @@ def test_a_warm_up_without_end_is_refused(config, tmp_path):
 
 def test_a_loss_that_is_no_number_stops_it(config, tmp_path):
     with pytest.raises(NumericsError, match=r"pre-training step \d+: the loss is (nan|inf)"):
-        pretrain(replace(config, tokenizer_lr=1e30), tmp_path)
+        pretrain(replace(config, tokenizer_lr=1e30, save_every=100), tmp_path)
+
+
+def test_weights_that_are_no_numbers_are_never_saved(config, tmp_path, monkeypatch):
+    """Although the loss is looked at less often than weights are saved."""
+    monkeypatch.setattr("varl.pretrain.run.LOG_EVERY", 1000)
+    with pytest.raises(NumericsError, match="the weights are not finite"):
+        pretrain(replace(config, tokenizer_lr=1e38, save_every=1), tmp_path)
+    state = run_state.load_latest(tmp_path / "checkpoints")
+    assert state is None or all(bool(t.isfinite().all()) for t in state.tensors["tokenizer"].values())
+
+
+def test_held_out_pictures_that_are_not_held_out_are_named(config, tmp_path):
+    images, said, *_ = pictures(config)
+    write_folder(tmp_path / "data", images, said)
+    with pytest.raises(Interrupted):
+        pretrain(replace(config, data=FolderConfig(path=str(tmp_path / "data"))), tmp_path / "run", interrupt(1))
+    (event,) = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert event["kind"] == "warning"
+    assert "heldout_loss is that of training pictures" in event["message"]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Int, UInt8
@@ -82,7 +82,8 @@ def start_from(config: PretrainConfig) -> tuple[NextScale, MultiScaleVQ]:
 
 
 def pictures(config: PretrainConfig) -> tuple[UInt8[Tensor, "N 3 H W"], list[Prompt], UInt8[Tensor, "n 3 H W"], list[Prompt]]:
-    """Training and held-out pictures with their prompts. Words: training words only, and held-out words."""
+    """Training and held-out pictures with their prompts. Words: training words only, and held-out words. A folder without another as
+    `heldout` is held against its own first pictures."""
     match config.data:
         case WordsConfig():
             if config.data.image_size != config.model.image_size:
@@ -131,6 +132,8 @@ class Work:
         for name, size in (("tokenizer_batch", config.tokenizer_batch), ("batch", config.batch)):
             if size > len(self.images):
                 raise ConfigError(f"{name}={size}: there are {len(self.images)} training pictures. Set it to that or less, or give more.")
+        if isinstance(config.data, FolderConfig) and not config.data.heldout:
+            run.event("warning", "data.heldout is not set: pretrain/heldout_loss is that of training pictures.")
         self.done = Done()
         self.codes: CodeAverages | None = None
         convolutions = nn.ModuleDict({name: part for name, part in tokenizer.named_children() if name != "quantize"})
@@ -149,6 +152,8 @@ class Work:
         return self.run.path / "checkpoints"
 
     def save(self) -> None:
+        if not all(bool(p.isfinite().all()) for p in (*self.model.parameters(), *self.tokenizer.parameters())):
+            self._refuse("the weights are not finite")
         tensors: dict[str, Any] = {"model": self.model.state_dict(), "tokenizer": self.tokenizer.state_dict()}
         tensors |= {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         if self.codes is not None:
@@ -171,15 +176,15 @@ class Work:
         self.done.step += 1
         if self.done.step % LOG_EVERY == 0 or last:
             values = metrics()
-            loss = values["pretrain/loss"]
-            if not math.isfinite(loss):
-                raise NumericsError(
-                    f"pre-training step {self.done.step}: the loss is {loss}. Lower the learning rate; the last checkpoint is whole."
-                )
+            if not math.isfinite(values["pretrain/loss"]):
+                self._refuse(f"the loss is {values['pretrain/loss']}")
             self.run.write(self.done.step, values)
             self.tick({"step": self.done.step, **values})
         if self.done.step % self.config.save_every == 0 or last:
             self.save()
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise NumericsError(f"pre-training step {self.done.step}: {what}. Lower the learning rate; the last checkpoint is whole.")
 
     # -- tokenizer ---------------------------------------------------------------------------------------------------------------------
 
@@ -206,13 +211,13 @@ class Work:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-            used = 1.0
+            flat = None
             if ids is not None and asked is not None and self.codes is not None:
                 flat = torch.cat([part.flatten() for part in vq.split(ids)])
                 vq.quantize.embedding.weight.data.copy_(self.codes.update(torch.cat(asked), flat, rng))
-                used = len(flat.unique()) / config.model.tokenizer.vocab
 
-            def metrics(loss=loss, error=error, used=used) -> dict[str, Any]:
+            def metrics(loss=loss, error=error, flat=flat) -> dict[str, Any]:
+                used = 1.0 if flat is None else len(flat.unique()) / config.model.tokenizer.vocab
                 psnr = 10 * math.log10(4 / max(float(error.detach()), 1e-12))
                 return {"stage": "tokenizer", "pretrain/loss": float(loss.detach()), "pretrain/psnr": psnr, "pretrain/code_usage": used}
 
