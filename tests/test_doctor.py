@@ -35,6 +35,11 @@ def test_an_engine_that_is_not_there():
     assert "engine 'nothing': unknown" in engine("nothing").text
 
 
+def test_an_engine_that_is_broken_is_a_finding(monkeypatch):
+    monkeypatch.setattr("varl.doctor.open_engine", lambda name: {}[name])
+    assert str(engine("tesseract")) == "warn  tesseract    KeyError: 'tesseract'"
+
+
 def test_fonts_without_their_package(monkeypatch):
     monkeypatch.setattr("varl.data.fonts.find_spec", lambda name: None)
     load_font.cache_clear()

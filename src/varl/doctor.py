@@ -154,3 +154,5 @@ def _from(look: Callable[[], str], name: str, otherwise: Literal["warn", "fail"]
         return Finding(name=name, verdict="ok", text=look())
     except VarlError as error:
         return Finding(name=name, verdict=otherwise, text=str(error))
+    except Exception as error:  # a broken package may raise anything; that it does is the finding
+        return Finding(name=name, verdict=otherwise, text=f"{type(error).__name__}: {error}")

@@ -1,6 +1,7 @@
 """Pictures from a model folder, and whether they can be read."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,9 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """A row for each temperature and judge: word_accuracy and ned with 95% half-widths, failed readings, diversity of tokens. All judges
     read the same pictures, two of each prompt."""
-    rewards = [OCRReward(OCRConfig(engine=judge)) for judge in judges]  # type: ignore[arg-type]
     rows = []
-    try:
+    with ExitStack() as opened:
+        rewards = [opened.enter_context(closing(OCRReward(OCRConfig(engine=judge)))) for judge in judges]  # type: ignore[arg-type]
         for temperature in temperatures:
             sample = draw_sample(with_law(policy, LawConfig(temperature=temperature)), prompts, copies=COPIES, seed=seed)
             diversity = token_diversity(sample.actions, COPIES)
@@ -87,7 +88,4 @@ def evaluate(
                 rows.append(
                     {"temperature": temperature, "judge": reward.engine, **reading_metrics(parts, COPIES), "token_diversity": diversity}
                 )
-    finally:
-        for reward in rewards:
-            reward.close()
     return rows
