@@ -68,10 +68,13 @@ def test_a_plain_tensor_becomes_a_judgement():
 
 def test_what_is_not_finite_has_failed_with_its_regions():
     told = Judgement(
-        value=torch.tensor([1.0, float("inf"), -float("inf")]), region_value=torch.tensor([[1.0, NAN], [0.5, 0.5], [NAN, NAN]])
+        value=torch.tensor([1.0, float("inf"), -float("inf")]),
+        parts={"ratio": torch.tensor([2.0, float("inf"), 3.0])},
+        region_value=torch.tensor([[1.0, NAN], [0.5, 0.5], [NAN, NAN]]),
     )
     judgement = judge_now(lambda images, prompts: told, IMAGES, PROMPTS)
     same(judgement.value, [1.0, NAN, NAN])
+    same(judgement.parts["ratio"], [2.0, NAN, 3.0])
     same(judgement.region_value, [[1.0, NAN], [NAN, NAN], [NAN, NAN]])
 
 
@@ -82,6 +85,8 @@ def test_no_gradient_comes_out():
 
 SHORT_PART = Judgement(value=torch.zeros(3))
 SHORT_PART.parts["x"] = torch.zeros(1)
+ONE_BOX_EACH = Judgement(value=torch.zeros(3))
+object.__setattr__(ONE_BOX_EACH, "region_box", torch.zeros(3, 4))  # which only a test run would refuse by itself
 
 
 @pytest.mark.parametrize(
@@ -91,6 +96,7 @@ SHORT_PART.parts["x"] = torch.zeros(1)
         (torch.zeros(3, 1), r"value is \[3, 1\]"),
         (0.5, "value is float"),
         (SHORT_PART, r"parts\['x'\] is \[1\]"),
+        (ONE_BOX_EACH, r"region_box is \[3, 4\]"),
     ],
 )
 def test_a_wrong_shape_is_an_error(answer, says, judge):

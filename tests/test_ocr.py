@@ -464,6 +464,17 @@ def test_a_picture_that_is_not_finite_is_a_failed_one(corner):
     reward.close()
 
 
+def test_letters_that_no_reader_knows_are_named_once(corner, caplog):
+    reward = OCRReward(OCRConfig(engine="auto", workers=0))
+    reward.pool = ReaderPool(corner, workers=0, timeout=1.0)
+    for text in ("route", "5É", "5"):
+        reward(torch.full((1, 3, 4, 4), 5 / 255), [Prompt(regions=(Region(text=text),))])
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        "prompts ask for 5É, which the reader cannot read: no picture of them is ever right."
+    ]
+    reward.close()
+
+
 def test_a_prompt_without_text_cannot_be_judged(corner):
     reward = OCRReward(OCRConfig(engine="auto", workers=0))
     with pytest.raises(RewardError, match="a red cube"):

@@ -18,29 +18,25 @@ log = logging.getLogger(__name__)
 
 
 def judge_now(fn: RewardFn, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt]) -> Judgement:
-    """The reward's answer as a Judgement in fp32 on the CPU. A value that is not finite is a failed one: NaN, regions included."""
+    """The reward's answer as a Judgement in fp32 on the CPU. What is not finite becomes NaN: the picture failed, if it is the value."""
     answer = fn(images, prompts)
     count = len(prompts)
     _demand(fn, "value", answer.value if isinstance(answer, Judgement) else answer, (count,))
     judgement = answer if isinstance(answer, Judgement) else Judgement(value=answer)
     for name, part in judgement.parts.items():
         _demand(fn, f"parts[{name!r}]", part, (count,))
-    if judgement.region_value is not None:
-        regions = judgement.region_value.shape[-1]
-        _demand(fn, "region_value", judgement.region_value, (count, regions))
-        if judgement.region_box is not None:
-            _demand(fn, "region_box", judgement.region_box, (count, regions, 4))
+    shares, box = judgement.region_value, judgement.region_box
+    if shares is not None:
+        _demand(fn, "region_value", shares, (count, shares.shape[-1]))
+    if box is not None:
+        _demand(fn, "region_box", box, (count, (box[..., 0] if shares is None else shares).shape[-1], 4))
     value = _plain(judgement.value)
-    value = torch.where(value.isfinite(), value, torch.nan)
-    region_value = judgement.region_value
-    if region_value is not None:
-        region_value = torch.where(value.isnan()[:, None], torch.nan, _plain(region_value))
     return replace(
         judgement,
         value=value,
         parts={name: _plain(part) for name, part in judgement.parts.items()},
-        region_value=region_value,
-        region_box=None if judgement.region_box is None else _plain(judgement.region_box),
+        region_value=None if shares is None else _plain(shares).masked_fill(value.isnan()[:, None], torch.nan),
+        region_box=None if box is None else _plain(box),
     )
 
 
@@ -51,7 +47,8 @@ def _demand(fn: RewardFn, name: str, value: Any, shape: tuple[int, ...]) -> None
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().float().cpu()
+    plain = tensor.detach().float().cpu()
+    return plain.where(plain.isfinite(), torch.nan)
 
 
 def combine(judgements: Mapping[str, tuple[float, Judgement]]) -> Judgement:

@@ -79,11 +79,15 @@ class OCRReward:
         self.engine, self.reason = choose_engine(config.engine)
         log.info(self.reason)
         self.pool = ReaderPool(self.engine, letters, workers=config.workers, timeout=config.timeout)
+        self._known = set(letters)
 
     def __call__(self, images: Float[Tensor, "B 3 H W"] | UInt8[Tensor, "B 3 H W"], prompts: Sequence[Prompt]) -> Judgement:
         for prompt in prompts:
             if not prompt.words:
                 raise RewardError(f"prompt {prompt.text!r}: no text region, so nothing to read. Give it regions, or use another reward.")
+        if strange := {letter for prompt in prompts for word in prompt.words for letter in word.upper()} - self._known:
+            log.warning("prompts ask for %s, which the reader cannot read: no picture of them is ever right.", "".join(sorted(strange)))
+            self._known |= strange  # each is said once
         pictures = self.pool.read(to_pixels(images), [_boxes(prompt) for prompt in prompts])
         letters = self.score == "letters"
         places = [letter_boxes(prompt) if letters else [region.box for region in prompt.regions] for prompt in prompts]
