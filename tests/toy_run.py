@@ -136,11 +136,11 @@ KILLS = {
 }
 
 
-def run_and_die(text: str, out: Path, kill: str) -> None:
+def run_and_die(text: str, out: Path, kill: str, processes: int = 1) -> None:
     """A child process that is killed half-way. `text` is the config."""
     torch.set_num_threads(1)
     KILLS[kill]()
-    train(from_yaml(text), out)
+    train(from_yaml(text), out, processes=processes)
 
 
 if __name__ == "__main__":  # under torchrun: config file, run directory

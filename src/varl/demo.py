@@ -38,6 +38,8 @@ WORDS, COPIES = 256, 3
 """Held-out words (drawn with repetition of words but not of styles), and pictures of each: 768 samples."""
 TEMPERATURES = (1.0, 0.8, 0.6)
 EVAL_SEED = 4321
+PROCESSES = 3
+"""At most so many share a step: each then has the two prompts of one chunk."""
 GALLERY = 24
 
 Say = Callable[[str], None]
@@ -58,8 +60,11 @@ def demo(out: Path, seed: int = 0, say: Say = log.info, tick: Tick = lambda metr
     say(f"     word accuracy {before['T1.0']['word_accuracy']:.3f} at temperature 1")
     say(f"2/4  post-training: {config.train.steps} steps")
     write_atomic(out / "command.txt", f"varl demo --out {shlex.quote(str(out))} --seed {seed}\n")
-    with threads(max(1, available_cores() // 2)):  # drawing and training run side by side, beside the reader
-        outcome = train(config, out, lambda metrics: tick({**metrics, "phase": "post-training", "total": config.train.steps}))
+    processes = min(available_cores(), PROCESSES)
+    with threads(available_cores() // processes):
+        outcome = train(
+            config, out, lambda metrics: tick({**metrics, "phase": "post-training", "total": config.train.steps}), processes=processes
+        )
     if not outcome.done:
         return out
     trained = load_notes(outcome.model)

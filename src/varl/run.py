@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -45,11 +46,19 @@ class Outcome:
     progress: Progress
 
 
-def train(config: RunConfig, out: Path, tick: Tick = lambda metrics: None) -> Outcome:
-    """Trains until one of the config's stop conditions; goes on where it stopped if `out` holds a run of the same config. Under torchrun
-    every process calls it; the first one writes."""
+def _no_tick(metrics: Metrics) -> None: ...
+
+
+def train(config: RunConfig, out: Path, tick: Tick = _no_tick, *, processes: int = 1) -> Outcome:
+    """Trains until one of the config's stop conditions; goes on where it stopped if `out` holds a run of the same config. The prompts of a
+    step are shared among `processes` of this machine; under torchrun every process calls it. The first one writes."""
+    with mesh.side_by_side(processes, partial(_train, config, out, _no_tick)) as seat:
+        return _train(config, out, tick, seat)
+
+
+def _train(config: RunConfig, out: Path, tick: Tick, seat: mesh.Seat) -> Outcome:
     with ExitStack() as at_end:
-        world = mesh.join(config.train.device)
+        world = mesh.join(config.train.device, seat)
         at_end.callback(mesh.leave)
         prompts = build_prompts(config.data, config.seed, config.eval.samples)
         check(config, prompts, world)
