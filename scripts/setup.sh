@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv and install VARL into it. Does nothing when nothing changed. pip is enough; uv is used to be quick when pip can fetch it.
+# Make .venv and install VARL into it. Does nothing when nothing changed. By uv, which is quick; by pip where uv cannot be had or cannot do it.
 #   EXTRAS=dev|demo|words   what to install (default: dev)      PYTHON=python3.12   which interpreter
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,13 +10,11 @@ if [ "$(cat $venv/.installed 2>/dev/null)" != "$want" ]; then
   [ -x $venv/bin/python ] || "$py" -m venv $venv
   vpy=$venv/bin/python
   # a local folder of wheels, if this machine's pip is set up with one (uv does not read pip's settings)
-  links=${PIP_FIND_LINKS:-$("$vpy" -m pip config get :env:.find-links 2>/dev/null || "$vpy" -m pip config get global.find-links 2>/dev/null || true)}
-  if "$vpy" -m pip install -q --disable-pip-version-check "uv>=0.9,<1" 2>/dev/null; then
-    [ -z "$links" ] || export UV_FIND_LINKS="$links"
-    "$vpy" -m uv pip install -q --python "$vpy" -c constraints.txt -e ".[$extras]"
-  else
-    "$vpy" -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$extras]"
-  fi
+  links=${PIP_FIND_LINKS:-$("$vpy" -m pip config get global.find-links 2>/dev/null || true)}
+  [ -z "$links" ] || export UV_FIND_LINKS="$links"
+  packages=(-c constraints.txt -e ".[$extras]")
+  { "$vpy" -m pip install -q --disable-pip-version-check "uv>=0.9,<1" && "$vpy" -m uv pip install -q --python "$vpy" "${packages[@]}"; } 2>/dev/null ||
+    "$vpy" -m pip install -q --disable-pip-version-check "${packages[@]}"
   echo "$want" > $venv/.installed
 fi
 # Tesseract's language data is a 4 MB system package. Without it VARL falls back to the OCR engine that pip brings, and says so.
