@@ -221,10 +221,10 @@ def workplace(tmp_path, monkeypatch) -> Path:
     "page", [page for page in PAGES if any(block.mark == "run" for block in blocks(page, "python"))], ids=lambda page: page.name
 )
 def test_code_runs(page, workplace):
-    """The marked blocks of a page, one after another, as one program; the bundled model is replaced by a smaller one."""
+    """The marked blocks of a page, files and code, one after another, as one program; the bundled model is replaced by a smaller one."""
     program: dict = {"__name__": "program"}
     run = vars(builtins)["exec"]
-    for block in blocks(page, "python"):
+    for block in sorted(blocks(page, "python") + blocks(page, "yaml"), key=lambda block: block.line):
         if block.mark.startswith("file: "):
             (workplace / block.mark.removeprefix("file: ")).write_text(block.text)
         elif block.mark == "run":
