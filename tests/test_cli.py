@@ -9,6 +9,7 @@ from PIL import Image
 from tiny import save_tiny, status, write_config
 from varl.cli import RECIPES_HELP, Bar, command_line, load, measured_line, training_line, warn_against_probes
 from varl.config import GRPOConfig, PretrainConfig, RunConfig
+from varl.errors import ConfigError
 from varl.probe import model_identity
 from varl.recipes import describe, recipe
 from varl.settings import to_yaml
@@ -78,6 +79,7 @@ def test_the_line_of_a_step():
     assert training_line(metrics | phases) == "reward 0.500  words 25%  12.3 images/s  rollout 25% decode 5% reward 0% train 50%"
     assert training_line({"step": 1, "reward": None}) == ""
     assert measured_line({"step": 3, "pretrain/psnr": 21.234, "pretrain/loss": 0.5, "phase": "tokenizer"}) == "psnr 21.2  loss 0.5"
+    assert measured_line({"step": 90.5, "pictures": 5600}) == "pictures 5,600"
 
 
 def test_a_resumed_run_is_not_taken_for_a_fast_one(capfd):
@@ -144,6 +146,8 @@ def test_a_probe_of_the_same_model_warns(tmp_path, capfd):
     (tmp_path / "probe.json").write_text(json.dumps(probe | {"model": "another"}))
     warn_against_probes(config, tmp_path / "out", None)
     assert capfd.readouterr().err == ""
+    with pytest.raises(ConfigError, match="is of another model than model="):
+        warn_against_probes(config, tmp_path / "out", tmp_path / "probe.json")
 
 
 def test_the_same_seed_draws_the_same_pictures(made, tmp_path, capfd):
@@ -165,10 +169,12 @@ def test_prompts_of_a_folder_and_the_model_of_a_run(made, tmp_path):
         assert sheet.size[0] > 2 * 256
 
 
-def test_evaluation_of_a_run_and_of_a_model(made, tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    for target, file in ((made[0] / "out", made[0] / "out" / "eval.json"), (made[0] / "base", tmp_path / "eval.json")):
-        assert status("eval", target, "--samples", 4, "--temperatures", "1.0,0.5") == 0
+def test_evaluation_of_a_run_and_of_a_model(made, tmp_path, capfd):
+    for target, file, out in (
+        ("out", made[0] / "out/eval.json", ()),
+        ("base", tmp_path / "new/x.json", ("--out", tmp_path / "new/x.json")),
+    ):
+        assert status("eval", made[0] / target, "--samples", 4, "--temperatures", "1.0,0.5", *out) == 0
         found = json.loads(file.read_text())
         assert [row["temperature"] for row in found["rows"]] == [1.0, 0.5]
         assert all(0 <= row["word_accuracy"] <= 1 and row["failed"] == 0 for row in found["rows"])

@@ -170,7 +170,7 @@ def training_line(metrics: Mapping[str, Any]) -> str:
 def measured_line(metrics: Mapping[str, Any]) -> str:
     """Every number of the step, by its last name."""
     found = {name.rpartition("/")[2]: value for name, value in metrics.items() if name != "step" and isinstance(value, int | float)}
-    return "  ".join(f"{name} {value:.3g}" for name, value in found.items())
+    return "  ".join(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.3g}" for name, value in found.items())
 
 
 def first_process() -> bool:
@@ -226,10 +226,13 @@ def train(
 
 def warn_against_probes(config: RunConfig, folder: Path, given: Path | None) -> None:
     """What a probe of the same model, given or beside the run, has found against the settings."""
-    from varl.probe import contradictions
+    from varl.build import model_path
+    from varl.probe import contradictions, model_identity
 
     if given is not None and not given.is_file():
         raise ConfigError(f"--probe {given}: there is no such file. Make one with `varl probe`.")
+    if given is not None and read_probe(given)["model"] != model_identity(model_path(config.model)):
+        raise ConfigError(f"--probe {given}: is of another model than model={config.model!r}. Probe this one, or leave --probe out.")
     files = (
         [given] if given else sorted({*folder.glob("probe.json"), *folder.parent.glob("probe.json"), *folder.parent.glob("*/probe.json")})
     )
@@ -335,6 +338,7 @@ def evaluate(
         raise ConfigError(f"{target}: its data has no held-out prompts. Set data.heldout to a folder with prompts.jsonl.")
     rows = measure(policy, heldout, temperatures=levels, judges=readers, seed=seed)
     file = out or (run or Path()) / "eval.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"model": str(path), "prompts": len(heldout), "seed": seed, "rows": rows}, indent=2))
     table = Table("temperature", "judge", "word accuracy", "similarity", "failed", "diversity")
     for row in rows:
@@ -389,10 +393,15 @@ def probe(
     folder = run_folder(out, config.name)
     refuse(plan(config, calibrate=False).problems)
     with Bar(round(60 * minutes), measured_line, shown=not quiet) as bar:
-        found = measure(config, folder, minutes=minutes, tick=lambda metrics: bar.tick({"step": metrics["seconds"], **metrics}))
+
+        def tick(metrics: Mapping[str, float]) -> None:
+            bar.tick({"phase": "seconds", "step": metrics["seconds"], "batches": metrics["rounds"], "pictures": metrics["images"]})
+
+        found = measure(config, folder, minutes=minutes, tick=tick)
+    typer.echo(f"{found['images']:,} pictures judged in {found['seconds']:.0f} s")
     for line in found["recommendations"]:
         typer.echo(f"- {line}")
-    typer.echo(str(folder / "probe.json"))
+    typer.echo(f"probe   {folder / 'probe.json'}")
 
 
 @app.command()
