@@ -323,6 +323,22 @@ def test_in_bfloat16_the_model_sees_what_it_will_see_in_its_replay(policy):
     torch.testing.assert_close(torch.cat(seen, 1), low.tokenizer.inputs(rollout.actions), rtol=0, atol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)], ids=str)
+@pytest.mark.parametrize("config", [TEXT, BLOCK], ids=["text, wide", "first grid 2x2"])
+def test_acting_forking_and_replay_on_cuda(config, dtype, allowed):
+    law = LawConfig(cfg_scale=(3.0,), top_k=8)
+    model, tokenizer = make_model(config).cuda(), MultiScaleVQ(TOKENIZER, config.grids).cuda()
+    policy = NextScalePolicy(model, tokenizer, sample_law=law, dtype=dtype)
+    policy.reference = make_model(config, seed=1).cuda().eval().requires_grad_(False)
+    prefix = policy.prefix(prompts_for(policy), stream(range(4)), steps=2)
+    whole = policy.complete(prefix, stream(range(8)).at("suffix"))
+    assert whole.actions.is_cuda
+    assert max(gap(policy, prefix), gap(policy, whole), gap(policy, rollout_of(policy))) <= allowed
+    assert policy.score(whole).kl.isfinite().all()
+    assert policy.decode(whole).isfinite().all()
+
+
 # ---- pictures, prompts, settings
 
 
