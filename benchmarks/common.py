@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,11 +25,14 @@ RANDOM = "random"
 """Instead of a model folder: the words model's shape with random weights, for what does not depend on weights."""
 
 
-def arguments(doc: str, minutes: float) -> argparse.Namespace:
+def arguments(doc: str, minutes: float, **choices: Sequence[str]) -> argparse.Namespace:
+    """--minutes, --model and --device; and an option for each of `choices`, the first being the default."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=minutes, help="about how long to measure")
     parser.add_argument("--model", default="bundled:words", help=f"a model folder, or `{RANDOM}`")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for name, values in choices.items():
+        parser.add_argument(f"--{name}", choices=values, default=values[0])
     found = parser.parse_args()
     found.device = torch.device(found.device)
     torch.manual_seed(0)
@@ -53,9 +57,9 @@ def commit() -> str:
     return (git("rev-parse", "--short", "HEAD") or "unknown") + (" with local changes" if changed else "")
 
 
-def config(model: str) -> RunConfig:
-    """The words recipe, judged by the whole picture's reading."""
-    return replace(words_cpu(), model=model, rewards={"ocr": WeightedReward(reward=OCRConfig(score="mixed"))})
+def config(model: str, score: Literal["letters", "mixed"] = "letters") -> RunConfig:
+    """The words recipe on `model`; `letters` is its own reward, `mixed` judges by the whole word."""
+    return replace(words_cpu(), model=model, rewards={"ocr": WeightedReward(reward=OCRConfig(score=score))})
 
 
 def policy_of(model: str, device: torch.device) -> NextScalePolicy:

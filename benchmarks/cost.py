@@ -7,6 +7,7 @@ Every figure is the median of alternating runs in one process, quartiles in brac
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from varl.config import NextScaleConfig, RunConfig, TokenizerConfig
 from varl.distributed.mesh import World
 from varl.policies import sampling
 from varl.policies.next_scale import NextScalePolicy
+from varl.probe import training_pass
 from varl.recipes.grpo import words_cpu as grpo_words_cpu
 from varl.rewards.judge import judge_now
 from varl.rng import Stream
 from varl.train.loop import Trainer
-from varl.types import Prompt, Rollout
+from varl.types import Prompt
 
 BATCH, LARGE_BATCH = 64, 8
 FORK_BAR, PREFIX_BAR = 1.15, 1.3
@@ -76,11 +78,6 @@ def middle_steps(policy: NextScalePolicy) -> list[int]:
     """About a third, half and two thirds of the schedule."""
     steps = policy.layout.steps
     return sorted({max(1, round(steps * share)) for share in (0.4, 0.6, 0.8)})
-
-
-def training_pass(policy: NextScalePolicy, rollout: Rollout) -> None:
-    weights = list(policy.module.parameters())
-    torch.autograd.grad(policy.score(rollout).logp.sum(), weights, allow_unused=True)
 
 
 def prefix_update(name: str, policy: NextScalePolicy, batch: int, budget: float) -> list[list[object]]:
@@ -146,7 +143,7 @@ def phases(title: str, run: RunConfig, policy: NextScalePolicy, budget: float) -
     ]
 
 
-def peak_bytes(device: torch.device, call) -> int:
+def peak_bytes(device: torch.device, call: Callable[[], None]) -> int:
     """Most memory that `call` held beyond what was there before it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

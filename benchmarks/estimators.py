@@ -1,6 +1,6 @@
 """Which gradient estimator makes the most of the same judged pictures: GRPO, PANW, prefixes, VMR, mask propagation, at a fixed policy.
 
-    python benchmarks/estimators.py [--minutes 12] [--model bundled:words|random]
+    python benchmarks/estimators.py [--minutes 12] [--model bundled:words|random] [--score letters|mixed]
 
 Learning curves of variants drown in noise at this size, so the estimator is measured and not the curve. All estimators are made from the
 same pictures and compared on them; +- and brackets are 95 % by jackknife over batches, of ratios by Fieller."""
@@ -8,7 +8,8 @@ same pictures and compared on them; +- and brackets are 95 % by jackknife over b
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -20,8 +21,7 @@ from varl.algorithms.advantages import group_advantages
 from varl.algorithms.grpo import repeated
 from varl.algorithms.mask_propagation import dilate, direct_mask
 from varl.algorithms.panw import panw_weights
-from varl.algorithms.var_rl import FURTHER
-from varl.algorithms.vmr import middle_return, variance_parts
+from varl.algorithms.vmr import middle_return
 from varl.build import build_judge, build_prompts
 from varl.data.sampler import PromptSampler
 from varl.eval.gradients import (
@@ -33,7 +33,6 @@ from varl.eval.gradients import (
     cosine,
     estimate,
     first_tokens,
-    means,
     moments,
     noise_shares,
     overlap,
@@ -45,7 +44,7 @@ from varl.eval.gradients import (
     step_scores,
 )
 from varl.policies.next_scale import NextScalePolicy
-from varl.probe import leave_one_out
+from varl.probe import Nested, judged, leave_one_out, now, settled, span, training_pass
 from varl.rewards.toy import left_brightness
 from varl.rng import Stream
 from varl.types import Judge, Prompt, Rollout
@@ -53,7 +52,8 @@ from varl.types import Judge, Prompt, Rollout
 PROMPTS, GROUP, K = 2, 16, 4
 IMAGES = PROMPTS * GROUP
 ALPHAS = (0.0, 0.3, 0.6, 0.7, 0.8, 1.0, 1.2)
-LEAST = 4
+LEAST = 6
+"""Batches of each pool: halves of the plain pool are compared, and half of one needs 3."""
 TIMED = 10
 """Batches whose prefixes' training passes are timed."""
 SHARES = {"plain": 0.4, "tree": 0.45, "mask": 0.15}
@@ -66,11 +66,8 @@ class Tree:
 
     gradients: list[Tensor] = field(default_factory=list)
     own: list[Tensor] = field(default_factory=list)
-    between: list[float] = field(default_factory=list)
-    within: list[float] = field(default_factory=list)
     likeness: list[Tensor] = field(default_factory=list)
-    prefix_seconds: list[float] = field(default_factory=list)
-    continuation_seconds: list[float] = field(default_factory=list)
+    nested: Nested = field(default_factory=Nested)
 
 
 PLAIN = ("leave-one-out, no std", "GRPO, group std", "no baseline")
@@ -108,28 +105,25 @@ class Bench:
         rng = Stream(seed=0, path=("estimators", pool, number), rows=tuple(range(PROMPTS))).repeat(GROUP)
         return self.policy.rollout(repeated(self.sampler.at(number), GROUP), rng)
 
-    def timed(self, name: str, start: float) -> float:
-        now = time.perf_counter()
-        self.costs.setdefault(name, []).append(now - start)
-        return now
-
-    def train(self, rollout: Rollout) -> None:
-        torch.autograd.grad(self.policy.score(rollout).logp.sum(), list(self.policy.module.parameters()), allow_unused=True)
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        start = now()
+        yield
+        self.costs.setdefault(name, []).append(now() - start)
 
     def plain_round(self, number: int) -> None:
-        now = time.perf_counter()
-        rollout = self.draw("plain", number)
-        now = self.timed("rollout", now)
-        value = self.judge.submit(self.policy.decode(rollout), rollout.prompts).result().value.view(PROMPTS, GROUP)
-        now = self.timed("decode and reward", now)
-        self.train(rollout)
-        now = self.timed("train", now)
+        with self.timed("rollout"):
+            rollout = self.draw("plain", number)
+        with self.timed("decode and reward"):
+            value = judged(self.policy, self.judge, rollout).view(PROMPTS, GROUP)
+        with self.timed("train"):
+            training_pass(self.policy, rollout)
         for m in self.trees if number < TIMED else ():
-            self.train(first_tokens(rollout, int(self.sizes[0, :m].sum())))
-            now = self.timed(f"train first {m}", now)
+            with self.timed(f"train first {m}"):
+                training_pass(self.policy, first_tokens(rollout, int(self.sizes[0, :m].sum())))
         scores = step_scores(self.policy, rollout, rollout.step, self.steps, self.projection)
         advantages = (leave_one_out(value), group_advantages(value, "group"), value.nan_to_num())
-        self.plain.append(torch.cat([batch_gradient(a.flatten(), scores) for a in advantages]))
+        self.plain.append(torch.cat([batch_gradient(a.flatten(), scores) for a in advantages]).cpu())
 
     def mask_round(self, number: int) -> None:
         """A reward whose cause has a place, the left third. Three parts per step: under its box, within one fine cell of it, outside."""
@@ -140,29 +134,16 @@ class Bench:
         inside, near = direct_mask(box, grids), direct_mask(dilate(box, grids[-1], 1), grids)
         kind = torch.where(inside, 0, torch.where(near, 1, 2)).to(rollout.step.device)
         scores = step_scores(self.policy, rollout, rollout.step + self.steps * kind, 3 * self.steps, self.projection)
-        self.masked.append(batch_gradient(leave_one_out(value).flatten(), scores))
+        self.masked.append(batch_gradient(leave_one_out(value).flatten(), scores).cpu())
 
     def tree_round(self, number: int) -> None:
         turn, m = divmod(number, len(self.trees))
         m += 1
         tree, policy = self.trees[m], self.policy
         rng = Stream(seed=0, path=("estimators", "tree", m, turn), rows=tuple(range(PROMPTS))).repeat(GROUP)
-        start = time.perf_counter()
-        prefix = policy.prefix(repeated(self.sampler.at(turn), GROUP), rng, steps=m)
-        drawn = time.perf_counter()
-        whole = policy.complete(prefix, rng.at(FURTHER).repeat(K))
-        value = self.judge.submit(policy.decode(whole), whole.prompts).result().value.view(PROMPTS, GROUP, K)
-        judged = time.perf_counter()
-        prefix = prefix.rows(range(len(prefix)))
-        self.train(prefix)
-        tree.prefix_seconds.append((time.perf_counter() - judged + drawn - start) / len(prefix))
-        tree.continuation_seconds.append((judged - drawn) / value.numel())
+        prefix, value = tree.nested.draw(policy, self.judge, self.sampler.at(turn), rng, m, K)
         scores = step_scores(policy, prefix, torch.zeros_like(prefix.step), 1, self.projection)[:, 0].double().cpu()
         scores = scores.view(PROMPTS, GROUP, -1)
-        for prompt in value.split(1):
-            between, within = variance_parts(prompt)
-            tree.between.append(between)
-            tree.within.append(within)
         subs = [subsamples(value, scores, copies, mode) for copies, mode in VMR]
         everything = prefix_gradient(value.mean(2), scores)[None]
         tree.gradients.append(torch.stack([sub.mean(0) for sub in (*subs, everything)]))
@@ -285,35 +266,33 @@ def plain_tables(bench: Bench) -> dict[str, str]:
 def tree_tables(bench: Bench) -> dict[str, str]:
     shares, rows, length = [], [], len(VMR) + 1
     for m, tree in bench.trees.items():
-        between, within = (means(torch.tensor(x, dtype=torch.float64)) for x in (tree.between, tree.within))
-        b = estimate((between / (between + within)).nan_to_num())
-        c_p, c_c = statistics.median(tree.prefix_seconds), statistics.median(tree.continuation_seconds)
-        best = ((1 - b.value) / b.value * c_p / c_c) ** 0.5 if 0 < b.value < 1 else float("inf")
-        tokens = int(bench.sizes[0, :m].sum())
-        shares.append([m, tokens, len(tree.between) * GROUP, shown(b), f"{1e3 * c_p:.1f} / {1e3 * c_c:.1f}", f"{best:.2f}"])
+        found, tokens = settled(tree.nested), int(bench.sizes[0, :m].sum())
+        c_p, c_c = found.prefix_seconds, found.continuation_seconds
+        costs = f"{1e3 * c_p:.1f} / {1e3 * c_c:.1f}"
+        shares.append([m, tokens, len(tree.nested.between) * GROUP, span(found.share), costs, span(found.best)])
         if not torch.stack(tree.gradients).any():
             continue
-        found = moments(torch.stack(tree.gradients), torch.stack(tree.own))
+        b, pool = found.share.value, moments(torch.stack(tree.gradients), torch.stack(tree.own))
         first, like = unit(length, 0), torch.stack(tree.likeness).mean(0)
 
-        def noise(at: Tensor, found: Moments = found) -> Tensor:
-            return power(found, at) - overlap(found, at, at)
+        def noise(at: Tensor, pool: Moments = pool) -> Tensor:
+            return power(pool, at) - overlap(pool, at, at)
 
         for place, (copies, mode) in enumerate((*VMR, (K, MEAN))):
             w, everything = unit(length, place), place == len(VMR)
             group, images = (GROUP, K * IMAGES) if everything else (GROUP // copies, IMAGES)
             ratio = paired_ratio(noise(w), noise(first))
-            factor = (copies * b.value + 1 - b.value) * group / (group - 1) / (GROUP / (GROUP - 1)) * IMAGES / images
+            factor = (copies * b + 1 - b) * group / (group - 1) / (GROUP / (GROUP - 1)) * IMAGES / images
             cost = (images / copies * c_p + images * c_c) / (IMAGES * (c_p + c_c))
             rows.append([
                 m,
                 f"K = {copies}, G = {group}, {mode}",
                 images,
-                shown(estimate(snr(found, w)), 4),
+                shown(estimate(snr(pool, w)), 4),
                 times(ratio),
                 f"{factor:.2f}" if mode == MEAN else "",
                 times(ratio.map(lambda x, cost=cost: x * cost)),
-                shown(estimate(cosine(found, w, first)), 2),
+                shown(estimate(cosine(pool, w, first)), 2),
                 "" if everything else f"{like[place]:.3f}",
             ])  # fmt: skip
     head = [
@@ -358,15 +337,16 @@ def mask_table(bench: Bench) -> dict[str, str]:
 
 
 def main() -> None:
-    given = arguments(__doc__, 12.0)
-    run = config("bundled:words")
+    given = arguments(__doc__, 12.0, score=("letters", "mixed"))
+    run = config("bundled:words", given.score)
     policy, judge = policy_of(given.model, given.device), build_judge(run)
     bench = Bench(policy, judge, build_prompts(run.data, run.seed, 0).train)
     end = time.perf_counter() + 60 * given.minutes
     while time.perf_counter() < end or not bench.enough:
         bench.round()
     judge.close()
-    print(f"## Estimators\n\n{machine(given.device)}. Model {given.model}; {PROMPTS} prompts x {GROUP} pictures a batch; 95 % intervals.\n")
+    print(f"## Estimators\n\n{machine(given.device)}.")
+    print(f"Model {given.model}; score {given.score}; {PROMPTS} prompts x {GROUP} pictures a batch; 95 % intervals.\n")
     for title, content in {**plain_tables(bench), **tree_tables(bench), **mask_table(bench)}.items():
         print(f"### {title}\n\n{content}")
 
