@@ -66,6 +66,7 @@ from varl.probe import (
     model_identity,
     number,
     probe,
+    say_alpha,
     settled,
 )
 from varl.report.summary import probe as report_section
@@ -319,6 +320,14 @@ def test_nested_samples_that_all_had_one_reward_say_nothing():
 
 def test_numbers_in_words():
     assert [number(x) for x in (0.00891, 1.96, 99.4, 99.6, 12345.6, math.inf)] == ["0.0089", "2", "99", "100", "12,346", "unbounded"]
+
+
+def test_an_advice_without_evidence_gives_no_number():
+    same, unknown = Estimate(value=1.0, low=1.0, high=1.0), Estimate(value=1.2, low=0.0, high=math.inf)
+    rows = {0.0: Compared(to_plain=same, to_best=unknown), 0.6: Compared(to_plain=unknown, to_best=same)}
+    assert say_alpha(rows, None).startswith("panw_alpha: no exponent was told apart from plain GRPO. 0.7 is")
+    rows[0.6] = Compared(to_plain=Estimate(value=1.2, low=0.5, high=2.0), to_best=same)
+    assert "GRPO (best 0.6: progress per batch x1.2 (95 %: 0.5 to 2))." in say_alpha(rows, None)
 
 
 def test_more_continuations_need_proof():

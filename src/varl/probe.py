@@ -412,6 +412,11 @@ def span(x: Estimate) -> str:
     return f"{number(x.value)} (95 %: {number(x.low)} to {number(x.high)})"
 
 
+def best_seen(name: str, progress: Estimate) -> str:
+    """Nothing where all is possible."""
+    return "" if math.isinf(progress.high) else f" (best {name}: progress per batch x{span(progress)})"
+
+
 def say_signal(ratio: Estimate, needed: Estimate, batch: int, alpha: float | None) -> str:
     if ratio.low <= 0:
         return f"A plain batch of {batch} pictures has SNR {span(ratio)}: no signal was seen yet. Give the probe more minutes."
@@ -421,10 +426,10 @@ def say_signal(ratio: Estimate, needed: Estimate, batch: int, alpha: float | Non
 
 def say_alpha(alphas: Mapping[float, Compared], alpha: float | None) -> str:
     if alpha is None:
-        best = max(alphas, key=lambda key: alphas[key].to_best.value)
+        best = max((key for key in alphas if key), key=lambda key: alphas[key].to_best.value)
         return (
-            f"panw_alpha: no exponent was told apart from plain GRPO (best {best:g}: progress per batch x{span(alphas[best].to_plain)}). "
-            "0.7 is the usual choice, unproven here."
+            f"panw_alpha: no exponent was told apart from plain GRPO{best_seen(f'{best:g}', alphas[best].to_plain)}. 0.7 is the usual "
+            "choice, unproven here."
         )
     low, high = as_range(alphas)
     return (
@@ -442,7 +447,7 @@ def say_prefix(prefixes: Mapping[int, Compared], cut: int | None, nested: Mappin
     middle = (
         "" if quarter is None else f" If you use two stages, m = {quarter} settles {span(nested[quarter].share)} of the reward's variance."
     )
-    said = f"no prefix was told apart from training all steps (best m = {best}: progress per batch x{span(prefixes[best].to_plain)})."
+    said = f"no prefix was told apart from training all steps{best_seen(f'm = {best}', prefixes[best].to_plain)}."
     return [f"middle_step: {said}{middle}"]
 
 
