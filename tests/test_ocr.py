@@ -276,6 +276,24 @@ def test_a_worker_killed_between_batches_is_replaced(corner):
         assert pool.pids != (pid,)
 
 
+def test_a_replacement_that_is_slow_to_start_costs_pictures_and_not_the_run(corner, monkeypatch):
+    with ReaderPool(corner, workers=1, timeout=20.0) as pool:
+        assert texts(pool.read(*numbered([1]))) == ["1"]
+        os.kill(pool.pids[0], signal.SIGKILL)
+        with monkeypatch.context() as slow:
+            slow.setattr("varl.rewards.pool.START", 0.0)  # no process is ever ready in time
+            assert texts(pool.read(*numbered([2]))) == [None]
+            assert texts(pool.read(*numbered([3]))) == [None]
+        assert texts(pool.read(*numbered([4]))) == [None]  # by the last one that was given no time
+        assert texts(pool.read(*numbered([5]))) == ["5"]
+    monkeypatch.setattr("varl.rewards.pool.START", 0.0)
+    with (
+        ReaderPool(corner, workers=1, timeout=20.0) as pool,
+        pytest.raises(RewardError, match="did not answer in time before it was ready"),
+    ):
+        pool.read(*numbered([1]))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_engine_that_raises_fails_its_chunk_and_lives(corner, workers, caplog):
     with ReaderPool(corner, workers=workers, timeout=20.0) as pool:
@@ -470,7 +488,7 @@ def test_letters_that_no_reader_knows_are_named_once(corner, caplog):
     for text in ("route", "5É", "5"):
         reward(torch.full((1, 3, 4, 4), 5 / 255), [Prompt(regions=(Region(text=text),))])
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
-        "prompts ask for 5É, which the reader cannot read: no picture of them is ever right."
+        "prompts ask for 5É, which the reader does not answer with: add them to the OCR reward's `letters`."
     ]
     reward.close()
 

@@ -67,7 +67,7 @@ def metric_line(step: int, steps: int, rng: random.Random) -> dict:
         "clip_ratio/region_mean": abs(rng.gauss(0.01, 0.004)),
         "sampling/sampling_logp_difference/max": abs(rng.gauss(4e-6, 1e-6)),
         "sampling/sampling_logp_difference/mean": abs(rng.gauss(4e-7, 1e-7)),
-        "sampling/law_gap": 0.4 + rng.gauss(0, 0.02),
+        "sampling/law_difference/mean": 0.4 + rng.gauss(0, 0.02),
         "mask_occupancy": 0.62 + rng.gauss(0, 0.02),
         "lr": 1e-4 * (1 - t),
         "reward_calls": 256 * step,

@@ -288,7 +288,12 @@ def test_what_cannot_work_is_said_before_weights_are_read(home, tmp_path, monkey
     blind = replace(nowhere, eval=EvalConfig(every=2))
     with pytest.raises(ConfigError, match=r"eval\.every=2, but the data holds no prompts for evaluation"):
         train(blind, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"the trained model of a run in .* would replace it"):
+        train(replace(nowhere, model=str(tmp_path / "run" / "model")), tmp_path / "run")
     monkeypatch.setattr("varl.run.mesh.join", lambda device, seat: World(rank=4, size=5))
+    adapts = replace(ALGORITHMS["var_rl"], adapt_middle_step=True)
+    with pytest.raises(ConfigError, match="adapt_middle_step: each process would move its own middle step"):
+        train(replace(nowhere, algorithm=adapts, train=replace(nowhere.train, prompts_per_step=5)), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"prompts_per_step=4: 5 processes would share them"):
         train(nowhere, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -285,3 +285,10 @@ def test_swap_gives_the_own_weights_back_even_after_an_error():
 def test_average_of_another_model_is_refused():
     with pytest.raises(CheckpointError, match="other parameters: bias"):
         EMA(nn.Linear(2, 2), 0.5).load_state_dict({"weight": torch.ones(2, 2)})
+
+
+def test_a_folder_of_somebody_else_is_not_replaced_by_a_model(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"is there already, and VARL did not write it \(it has no manifest\.json\)"):
+        save_model(tmp_path, "first", {}, {})
+    assert (tmp_path / "prompts.jsonl").read_text() == "mine"

@@ -27,6 +27,7 @@ from varl.config import (
     WordsConfig,
 )
 from varl.errors import ConfigError
+from varl.recipes import recipe
 from varl.settings import KINDS, diff, from_yaml, override, to_yaml
 
 CLASSES = [cls for cls in vars(configs).values() if dataclasses.is_dataclass(cls)]
@@ -129,7 +130,7 @@ def test_what_is_left_out_has_its_default():
 
 
 def test_scientific_notation_needs_no_dot():
-    assert from_yaml("lr: 1e-5\nmuon_lr: -2E3", OptimConfig) == OptimConfig(lr=1e-5, muon_lr=-2000.0)
+    assert from_yaml("lr: 1e-5\nmuon_lr: 2E3", OptimConfig) == OptimConfig(lr=1e-5, muon_lr=2000.0)
 
 
 BASE = RunConfig(model="m", algorithm=VARRLConfig())
@@ -213,7 +214,8 @@ def test_diff_by_hand():
     other = override(BASE, ["train.optim.lr=1e-5", "data={kind: folder, path: x}", "score_law.cfg_scale=[1.0, 2.0]", "rewards={}"])
     assert diff(BASE, other) == [
         "data.kind: words -> folder",
-        "rewards.ocr: {reward: {engine: auto, kind: ocr, score: mixed, timeout: 20.0, workers: 1}, weight: 1.0} -> (not there)",
+        "rewards.ocr: {reward: {engine: auto, kind: ocr, letters: ABCDEFGHIJKLMNOPQRSTUVWXYZ, score: mixed, timeout: 20.0, "
+        "workers: 1}, weight: 1.0} -> (not there)",
         "score_law.cfg_scale: [1.0] -> [1.0, 2.0]",
         "train.optim.lr: 0.0001 -> 1.0e-05",
     ]
@@ -222,3 +224,28 @@ def test_diff_by_hand():
 def test_settings_come_without_torch():
     code = "import sys, varl.settings; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("train.steps=0", "train.steps=0: must be 1 or more"),
+        ("train.save_every=0", "train.save_every=0: must be 1 or more"),
+        ("train.prompts_per_step=-1", "train.prompts_per_step=-1: must be 1 or more"),
+        ("train.image_every=-1", "train.image_every=-1: must be 0 \\(none\\) or more"),
+        ("train.ema_decay=1", "train.ema_decay=1.0: must be at least 0"),
+        ("train.max_failed_rewards=2", "train.max_failed_rewards=2.0: must be a share, 0 to 1"),
+        ("train.optim.lr=-1", "optim.lr=-1.0: must be 0 or more"),
+        ("train.optim.max_grad_norm=0", "optim.max_grad_norm=0.0: must be above 0"),
+        ("eval.samples=0", "eval.samples=0: must be 1 or more"),
+    ],
+)
+def test_numbers_out_of_range(setting, said):
+    with pytest.raises(ConfigError, match=said):
+        override(recipe("var_rl/words_cpu"), [setting])
+
+
+def test_a_filtered_reference_has_no_kl():
+    filtered = override(recipe("var_rl/words_cpu"), ["score_law.top_k=8"])
+    with pytest.raises(ConfigError, match=r"score_law\.top_k=8, top_p=1\.0 with grpo\.beta=0\.1: the KL .* is infinite"):
+        override(filtered, ["algorithm.grpo.beta=0.1"])

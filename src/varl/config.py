@@ -278,6 +278,8 @@ class OCRConfig:
     score: Literal["paper", "mixed", "exact", "ned", "letters"] = "mixed"
     """paper is VAR-RL's Comp + Sim - Pen; mixed is half exact, half NED similarity, per region; letters is the share of letters read right,
     and tells region credit about each letter."""
+    letters: str = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    """What a word may be made of, case ignored; the reader answers with nothing else."""
     workers: int = 1
     """Reader processes."""
     timeout: float = 20.0
@@ -315,6 +317,18 @@ class OptimConfig:
     """linear decays to 0 at the last step."""
     max_grad_norm: float = 1.0
 
+    def __post_init__(self) -> None:
+        _demand("optim.lr", self.lr, self.lr >= 0, "0 or more")
+        _demand("optim.muon_lr", self.muon_lr, self.muon_lr >= 0, "0 or more")
+        _demand("optim.weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more")
+        _demand("optim.warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "0 (none) or more")
+        _demand("optim.max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "above 0; inf does not clip")
+
+
+def _demand(name: str, value: int | float, holds: bool, wanted: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name}={value}: must be {wanted}.")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalConfig:
@@ -323,6 +337,11 @@ class EvalConfig:
     samples: int = 128
     seed: int = 1234
     batch: int = 64
+
+    def __post_init__(self) -> None:
+        _demand("eval.every", self.every, self.every >= 0, "0 (never) or more")
+        _demand("eval.samples", self.samples, self.samples >= 1, "1 or more")
+        _demand("eval.batch", self.batch, self.batch >= 1, "1 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -352,6 +371,14 @@ class TrainConfig:
     idle_steps: int = 20
     """Stop after so many steps in a row that taught nothing (all advantages 0)."""
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "prompts_per_step", "rollouts_per_backward", "save_every", "keep", "idle_steps"):
+            _demand(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        for name in ("image_every", "max_seconds"):
+            _demand(f"train.{name}", getattr(self, name), getattr(self, name) >= 0, "0 (none) or more")
+        _demand("train.ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "at least 0 (none) and below 1")
+        _demand("train.max_failed_rewards", self.max_failed_rewards, 0 <= self.max_failed_rewards <= 1, "a share, 0 to 1")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
@@ -368,6 +395,14 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        grpo = self.algorithm.grpo if isinstance(self.algorithm, VARRLConfig) else self.algorithm
+        if grpo.beta > 0 and (self.score_law.top_k or self.score_law.top_p < 1):
+            raise ConfigError(
+                f"score_law.top_k={self.score_law.top_k}, top_p={self.score_law.top_p} with grpo.beta={grpo.beta}: the KL to a reference "
+                "that has cut a token away is infinite. Score without a filter, or set beta=0."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -397,3 +432,11 @@ class PretrainConfig:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("pictures", "tokenizer_batch", "batch", "save_every"):
+            _demand(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        for name in ("tokenizer_steps", "steps", "max_cpu_seconds", "tokenizer_lr"):
+            _demand(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        for name in ("warmup_share", "drop_prompt"):
+            _demand(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a share, 0 to 1")

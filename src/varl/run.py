@@ -61,7 +61,7 @@ def _train(config: RunConfig, out: Path, tick: Tick, seat: mesh.Seat) -> Outcome
         world = mesh.join(config.train.device, seat)
         at_end.callback(mesh.leave)
         prompts = build_prompts(config.data, config.seed, config.eval.samples)
-        check(config, prompts, world)
+        check(config, out, prompts, world)
         run = RunDirectory(out, config, writer=world.first)
         at_end.callback(run.close)
         built = build_policy(config, world.device, reference=needs_reference(config.algorithm))
@@ -108,8 +108,12 @@ def _train(config: RunConfig, out: Path, tick: Tick, seat: mesh.Seat) -> Outcome
         return Outcome(reason=reason, model=out / "model", done=reason != STOPPED, progress=trainer.progress)
 
 
-def check(config: RunConfig, prompts: PromptSets, world: mesh.World) -> None:
+def check(config: RunConfig, out: Path, prompts: PromptSets, world: mesh.World) -> None:
     """What cannot work, said before any weight is loaded."""
+    if (out / "model").resolve() == Path(config.model).resolve():
+        raise ConfigError(f"model={config.model!r}: the trained model of a run in {out} would replace it. Give another --out.")
+    if world.size > 1 and isinstance(config.algorithm, VARRLConfig) and config.algorithm.adapt_middle_step:
+        raise ConfigError("var_rl.adapt_middle_step: each process would move its own middle step. Run it in one process.")
     if config.train.prompts_per_step < world.size:
         raise ConfigError(
             f"train.prompts_per_step={config.train.prompts_per_step}: {world.size} processes would share them, and a process without a "

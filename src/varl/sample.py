@@ -79,7 +79,9 @@ def evaluate(
     read the same pictures, two of each prompt."""
     rows = []
     with ExitStack() as opened:
-        rewards = [opened.enter_context(closing(OCRReward(OCRConfig(engine=judge)))) for judge in judges]  # type: ignore[arg-type]
+        letters = "".join(sorted({letter for prompt in prompts for word in prompt.words for letter in word.upper()}))
+        configs = [OCRConfig(engine=judge, letters=letters) for judge in judges]  # type: ignore[arg-type]
+        rewards = [opened.enter_context(closing(OCRReward(config))) for config in configs]
         for temperature in temperatures:
             sample = draw_sample(with_law(policy, LawConfig(temperature=temperature)), prompts, copies=COPIES, seed=seed)
             diversity = token_diversity(sample.actions, COPIES)

@@ -25,7 +25,8 @@ _SHOWN = 8
 
 def save_model(path: Path | str, config: str, files: Mapping[str, Mapping[str, Tensor]], notes: Mapping[str, Any]) -> Path:
     """A model folder at `path`: config.yaml (the text `config`), NAME.safetensors of each state dict, notes.json, and manifest.json with
-    the hash of each. A folder that stood there is replaced, as a whole."""
+    the hash of each. A model folder that stood there is replaced, as a whole; anything else is a CheckpointError."""
+    refuse_strange(Path(path))
     parts: dict[str, bytes | Mapping[str, Tensor]] = {f"{name}.safetensors": tensors for name, tensors in files.items()}
     parts["config.yaml"] = config.encode()
     parts["notes.json"] = json.dumps(notes, indent=2).encode()
@@ -105,6 +106,12 @@ def write_folder(path: Path, parts: Mapping[str, bytes | Mapping[str, Tensor]]) 
         raise CheckpointError(_full(path, parts, error)) from error
     shutil.rmtree(aside, ignore_errors=True)
     return path
+
+
+def refuse_strange(path: Path) -> None:
+    """CheckpointError where `path` holds something that was not written here, and would be lost."""
+    if path.exists() and not (path / MANIFEST).is_file() and (path.is_file() or any(path.iterdir())):
+        raise CheckpointError(f"{path}: is there already, and VARL did not write it (it has no {MANIFEST}). Give a new folder.")
 
 
 def remove_leftovers(folder: Path, of: str | None = None) -> list[str]:

@@ -43,7 +43,8 @@ def judge_now(fn: RewardFn, images: Float[Tensor, "B 3 H W"], prompts: Sequence[
 def _demand(fn: RewardFn, name: str, value: Any, shape: tuple[int, ...]) -> None:
     got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
     if got != list(shape):
-        raise RewardError(f"reward {fn!r}: {name} is {got}, must be a tensor of shape {list(shape)}: one row per picture.")
+        said = getattr(fn, "__name__", type(fn).__name__)
+        raise RewardError(f"reward {said}: {name} is {got}, must be a tensor of shape {list(shape)}: one row per picture.")
 
 
 def _plain(tensor: Tensor) -> Tensor:

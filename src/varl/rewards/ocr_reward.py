@@ -12,7 +12,7 @@ from torch import Tensor
 
 from varl.config import OCRConfig
 from varl.errors import RewardError
-from varl.rewards.ocr import ALPHABET, choose_engine
+from varl.rewards.ocr import choose_engine
 from varl.rewards.pool import ReaderPool
 from varl.rewards.text_scores import letter_scores, ned_similarity, paper_reward, word_accuracy
 from varl.types import Box, Found, Judgement, Prompt
@@ -74,19 +74,20 @@ class OCRReward:
     moves is a biased gradient, by the prompt's it is not, and a region that could not be read still has its place. `paper` alone puts what
     was read first, because the paper's masks are made of predicted boxes."""
 
-    def __init__(self, config: OCRConfig, letters: str = ALPHABET) -> None:
+    def __init__(self, config: OCRConfig) -> None:
         self.score = config.score
         self.engine, self.reason = choose_engine(config.engine)
         log.info(self.reason)
-        self.pool = ReaderPool(self.engine, letters, workers=config.workers, timeout=config.timeout)
-        self._known = set(letters)
+        self._known = set(config.letters.upper())
+        self.pool = ReaderPool(self.engine, "".join(sorted(self._known)), workers=config.workers, timeout=config.timeout)
 
     def __call__(self, images: Float[Tensor, "B 3 H W"] | UInt8[Tensor, "B 3 H W"], prompts: Sequence[Prompt]) -> Judgement:
         for prompt in prompts:
             if not prompt.words:
                 raise RewardError(f"prompt {prompt.text!r}: no text region, so nothing to read. Give it regions, or use another reward.")
         if strange := {letter for prompt in prompts for word in prompt.words for letter in word.upper()} - self._known:
-            log.warning("prompts ask for %s, which the reader cannot read: no picture of them is ever right.", "".join(sorted(strange)))
+            missing = "".join(sorted(strange))
+            log.warning("prompts ask for %s, which the reader does not answer with: add them to the OCR reward's `letters`.", missing)
             self._known |= strange  # each is said once
         pictures = self.pool.read(to_pixels(images), [_boxes(prompt) for prompt in prompts])
         letters = self.score == "letters"

@@ -65,12 +65,7 @@ class _Worker:
 
     def ask(self, images: UInt8[np.ndarray, "B H W 3"], boxes: Sequence[Sequence[Box] | None], timeout: float) -> dict[str, Any]:
         if not self.ready:
-            try:
-                answer = self.receive()
-            except _Lost as lost:
-                raise RewardError(
-                    f"engine {self.engine!r}: its reader process {lost} before it was ready. See stderr, or try workers=0."
-                ) from lost
+            answer = self.receive()
             if "error" in answer:
                 raise RewardError(answer["error"])
             self.ready = True
@@ -121,6 +116,8 @@ class ReaderPool:
     def __init__(self, engine: str, letters: str = ALPHABET, *, workers: int, timeout: float) -> None:
         self.engine, self.letters, self.timeout = engine, letters, timeout
         self._lock = threading.Lock()
+        self._works = False
+        """Whether any worker has ever answered; one that then is slow to start is no reason to stop."""
         self._local = open_engine(engine, letters) if workers == 0 else None
         self._workers = [_Worker(engine, letters) for _ in range(workers)]
         self._threads = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="reader")
@@ -169,8 +166,14 @@ class ReaderPool:
 
     def _there(self, k: int, images: UInt8[np.ndarray, "B H W 3"], boxes: list[Sequence[Box] | None]) -> dict[str, Any]:
         try:
-            return self._workers[k].ask(images, boxes, self.timeout)
+            answer = self._workers[k].ask(images, boxes, self.timeout)
+            self._works = True
+            return answer
         except _Lost as lost:
+            if not self._works and not self._workers[k].ready:
+                raise RewardError(
+                    f"engine {self.engine!r}: its reader process {lost} before it was ready. See stderr, or try workers=0."
+                ) from lost
             self._workers[k].stop()
             self._workers[k] = _Worker(self.engine, self.letters)
             return {"failed": f"the reader process {lost} (limit {self.timeout:g} s) and was replaced"}

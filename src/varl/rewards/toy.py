@@ -43,7 +43,10 @@ def load_callable(target: str) -> RewardFn:
         assert spec.loader
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # a user's file may raise anything
+            raise ConfigError(f"target {target!r}: {path} cannot be imported ({type(error).__name__}: {error}). Mend the file.") from error
     else:
         try:
             module = import_module(place)

@@ -381,7 +381,8 @@ class Tally:
     def add_piece(self, piece: TrainBatch) -> None:
         """Once for each piece that was collected."""
         judged = piece.metrics.get("judged", len(piece))
-        self.stage = piece.stage
+        if judged:  # reused continuations follow the prefixes whose update it is
+            self.stage = piece.stage
         self._pictures += len(piece)
         self.totals["judged"] += judged
         self.totals["failed"] += round(piece.metrics.get("reward_failed", 0.0) * judged)
