@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "recipes": "config errors",
 }
 JOIN = {"build", "cli", "demo", "doctor", "plan", "probe", "run", "sample"}
-"""Files that join the rooms may import all of them; no room imports these."""
+"""Files that join the rooms, and the folder `plan`, may import all of them; no room imports these."""
 NO_TORCH = {"config", "errors", "settings", "recipes", "report", "cli"}
 FILES = sorted(SOURCE.rglob("*.py"))
 

@@ -12,6 +12,7 @@ from varl.config import (
     GRPOConfig,
     LawConfig,
     MiddleStep,
+    OCRConfig,
     OptimConfig,
     PretrainConfig,
     PythonRewardConfig,
@@ -22,21 +23,19 @@ from varl.config import (
     WordsConfig,
 )
 from varl.data.folder import write_folder
-from varl.plan import (
+from varl.plan import format_plan, plan
+from varl.plan.cost import (
     autoencoder_cost,
     cost,
     decoder_cost,
-    format_plan,
-    in_bytes,
-    in_time,
     matmul_speed,
     optimizer_bytes,
-    plan,
     transformer_cost,
     without_memory,
 )
+from varl.plan.words import in_bytes, in_time
 from varl.train.optim import build_optimizer
-from varl.types import Prompt
+from varl.types import Prompt, Region
 
 TOKENS, PREFIX = 11, 3
 """Of the tiny model, and of its first two scales."""
@@ -67,7 +66,7 @@ def updates(config, **changes):
 
 
 def test_grpo_by_hand(config):
-    step = updates(config)["all"]
+    step = updates(config)["whole pictures"]
     assert (step.count, step.judged, step.drawn, step.trained) == (6, 8, 8 * TOKENS, 8 * TOKENS)
 
 
@@ -94,11 +93,20 @@ def test_switches_of_two_stages(config):
     assert updates(config, algorithm=replace(algorithm, suffix_updates=0)).keys() == {"prefix"}
 
 
+def test_a_prefix_of_all_steps_is_no_prefix(config):
+    """It draws and trains what plain GRPO does, and is called what it is."""
+    whole = VARRLConfig(grpo=config.algorithm, middle_step=MiddleStep(resolution=1.0), prefix_updates=1, suffix_updates=0)
+    assert updates(config, algorithm=whole) == updates(config)
+    text = format_plan(plan(replace(config, algorithm=whole), calibrate=False))
+    assert "6 x whole pictures: 8 pictures judged" in text
+    assert "all 3 scales: whole pictures are trained on" in text
+
+
 def test_guidance_draws_twice_and_iterations_train_again(config):
-    once = updates(config)["all"]
-    guided = updates(config, sample_law=LawConfig(cfg_scale=(2.0,)))["all"]
-    again = updates(config, algorithm=replace(config.algorithm, num_iterations=3))["all"]
-    with_reference = updates(config, algorithm=replace(config.algorithm, beta=0.1))["all"]
+    once = updates(config)["whole pictures"]
+    guided = updates(config, sample_law=LawConfig(cfg_scale=(2.0,)))["whole pictures"]
+    again = updates(config, algorithm=replace(config.algorithm, num_iterations=3))["whole pictures"]
+    with_reference = updates(config, algorithm=replace(config.algorithm, beta=0.1))["whole pictures"]
     assert guided.flops == {**once.flops, "rollout": 2 * once.flops["rollout"]}
     assert again.flops == {**once.flops, "train": 3 * once.flops["train"]}
     assert with_reference.flops["train"] == pytest.approx(once.flops["train"] * 4 / 3)
@@ -220,6 +228,51 @@ def test_what_the_model_cannot_do_is_a_problem(config):
 def test_a_folder_that_is_not_there(config):
     found = plan(replace(config, data=FolderConfig(path="no/train", heldout="no/heldout")), calibrate=False)
     assert [problem.split(":")[0] for problem in found.problems] == ["data folder 'no/heldout'", "data folder 'no/train'"]
+
+
+def problems_of(config, folder, prompts, **changes):
+    """Of the run on a folder with these prompts."""
+    write_folder(folder, None, prompts)
+    return plan(replace(config, data=FolderConfig(path=str(folder)), **changes), calibrate=False).problems
+
+
+def test_prompts_that_the_model_cannot_read(config, tmp_path):
+    (problem,) = problems_of(config, tmp_path / "labels", [Prompt(text="ACE", label=7), Prompt(label=7)])
+    assert problem.startswith("prompt label 7: this model reads text and knows no classes.")
+    classes = str(save_tiny(tmp_path / "classes", replace(TINY, text=None, num_classes=3)))
+    assert problems_of(config, tmp_path / "fine", [Prompt(label=0), Prompt(text="a cat", label=2)], model=classes) == ()
+    without, beyond = problems_of(config, tmp_path / "none", [Prompt(label=3), Prompt(text="ACE"), Prompt()], model=classes)
+    assert without.startswith("2 of 3 prompts (the first: 'ACE') have no label: this model draws classes 0 to 2,")
+    assert beyond == "prompt label 3: the model knows classes 0 to 2. Give one of them."
+
+
+def test_held_out_prompts_that_the_model_cannot_read(config, tmp_path):
+    for name, text in (("train", "ACE"), ("heldout", "ace")):
+        write_folder(tmp_path / name, None, [Prompt(text=text)])
+    data = FolderConfig(path=str(tmp_path / "train"), heldout=str(tmp_path / "heldout"))
+    (problem,) = plan(replace(config, data=data), calibrate=False).problems
+    assert problem.startswith("prompt 'ace' holds ['a', 'c', 'e']")
+
+
+def test_classes_are_checked_before_a_pre_training(config, tmp_path):
+    write_folder(tmp_path, None, [Prompt(label=0), Prompt()])
+    fresh = PretrainConfig(model=replace(TINY, text=None, num_classes=3), data=FolderConfig(path=str(tmp_path)))
+    (problem,) = plan(fresh, calibrate=False).problems
+    assert problem.startswith("1 of 2 prompts have no label")
+
+
+def test_prompts_that_ocr_cannot_judge(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("varl.plan.missing.open_engine", lambda engine: None)
+    ocr = {"ocr": WeightedReward(reward=OCRConfig(engine="rapidocr")), **TOY}
+    mute = [Prompt(text="ACE"), Prompt(text="BAD", regions=(Region(text="BAD"),))]
+    (problem,) = problems_of(config, tmp_path / "mute", mute, rewards=ocr)
+    assert problem.startswith("rewards.ocr: 1 of 2 prompts (the first: 'ACE') have no text region, so nothing to read.")
+    assert problems_of(config, tmp_path / "mute", mute) == ()
+    strange = [Prompt(text="ACE", regions=(Region(text="Acé 5"),))]
+    (problem,) = problems_of(config, tmp_path / "strange", strange, rewards=ocr)
+    assert "prompts ask for '5É', which the reader does not answer with." in problem
+    known = {"ocr": WeightedReward(reward=OCRConfig(engine="rapidocr", letters="abcdefé5"))}
+    assert problems_of(config, tmp_path / "strange", strange, rewards=known) == ()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

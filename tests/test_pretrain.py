@@ -13,7 +13,9 @@ from varl.config import FolderConfig, OptimConfig, PretrainConfig, TextConfig, W
 from varl.data.folder import write_folder
 from varl.data.words import split, word_list
 from varl.errors import ConfigError, DataError, NumericsError
-from varl.pretrain.run import model_ids, pictures, pretrain, without_prompts
+from varl.policies.next_scale import model_ids
+from varl.pretrain.next_scale import token_fit
+from varl.pretrain.run import pictures, pretrain, without_prompts
 from varl.pretrain.tokenizer import DECAY, CodeAverages, batch_index
 from varl.rng import generator
 from varl.types import Prompt
@@ -93,8 +95,20 @@ def test_both_phases_learn(whole):
     sizes = [h * w for h, w in MODEL.grids]
     by_scale = sum(transformer[-1][f"pretrain/heldout_loss_scale{s}"] * n for s, n in enumerate(sizes)) / sum(sizes)
     assert transformer[-1]["pretrain/heldout_loss"] == pytest.approx(by_scale, rel=1e-5)
+    for line in transformer:
+        assert line["pretrain/perplexity"] == pytest.approx(math.exp(line["pretrain/loss"]), rel=1e-5)
+    assert 1 / 16 < transformer[-1]["pretrain/accuracy"] <= 1
     model, tokenizer = model_folder.load(whole / "model")
     assert model.config == MODEL
+
+
+def test_a_token_is_right_where_no_other_is_more_probable(whole):
+    model, tokenizer = model_folder.load(whole / "model")
+    prompts = model_ids([Prompt(text="ACE")], MODEL)
+    guesses = [torch.full((1, 11), value) for value in range(16)]
+    first = torch.cat([token_fit(model, prompts, tokenizer.inputs(ids), ids)[1][:, :1] for ids in guesses])
+    losses = torch.cat([token_fit(model, prompts, tokenizer.inputs(ids), ids)[0][:, :1] for ids in guesses])
+    assert first.nonzero().tolist() == [[int(losses.argmin()), 0]]
 
 
 def test_interrupted_in_either_phase_it_ends_where_the_unbroken_one_does(config, whole, tmp_path):
@@ -209,6 +223,18 @@ def test_a_dead_code_is_put_on_a_vector_that_was_asked_for():
 
 
 # ---- errors
+
+
+def test_prompts_of_the_other_kind_are_refused(config, tmp_path):
+    """By the check that the policy makes."""
+    classes = replace(config, model=replace(MODEL, text=None, num_classes=3), tokenizer_steps=2, warmup_share=0.5)
+    for name, prompt, said in (
+        ("beyond", Prompt(label=3), "prompt label 3: the model knows classes 0 to 2"),
+        ("text", Prompt(text="ACE"), "prompt 'ACE': this model draws classes and reads no text"),
+    ):
+        write_folder(tmp_path / name, torch.zeros(8, 3, 16, 32, dtype=torch.uint8), [prompt] * 8)
+        with pytest.raises(DataError, match=said):
+            pretrain(replace(classes, data=FolderConfig(path=str(tmp_path / name))), tmp_path / f"run of {name}")
 
 
 def test_pictures_of_another_size_are_refused(config, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from varl.config import LawConfig
+from varl.config import LawConfig, NextScaleConfig
 from varl.errors import ConfigError, DataError
 from varl.models.next_scale import Condition, KVCache, NextScale
 from varl.policies.sampling import analytic_kl, draw, in_row_chunks, token_law, token_scores
@@ -15,6 +15,23 @@ from varl.rng import Stream
 from varl.tokenizers.multiscale_vq import MultiScaleVQ
 from varl.tokenizers.text import encode_text
 from varl.types import Layout, Prompt, Rollout, Score
+
+
+def model_ids(prompts: Sequence[Prompt], config: NextScaleConfig) -> Int[Tensor, "B ..."]:
+    """Classes or characters of the prompts, what `NextScale.condition` takes. The empty prompt is guidance's "none". Raises DataError for a
+    prompt that the model cannot read."""
+    if config.num_classes is None:
+        assert config.text is not None
+        if unread := [p.label for p in prompts if p.label is not None and not p.text]:
+            raise DataError(f"prompt label {unread[0]}: this model reads text and knows no classes. Give the prompt a text.")
+        return encode_text([p.text for p in prompts], [p.style for p in prompts], config.text)
+    none = config.num_classes
+    for prompt in prompts:
+        if prompt.label is None and prompt.text:
+            raise DataError(f"prompt {prompt.text!r}: this model draws classes and reads no text. Give it a label, 0 to {none - 1}.")
+        if prompt.label is not None and not 0 <= prompt.label < none:
+            raise DataError(f"prompt label {prompt.label}: the model knows classes 0 to {none - 1}. Give one of them.")
+    return torch.tensor([none if p.label is None else p.label for p in prompts])
 
 
 @dataclass(slots=True)
@@ -62,19 +79,7 @@ class NextScalePolicy:
     # -- prompts -----------------------------------------------------------------------------------------------------------------------
 
     def ids(self, prompts: Sequence[Prompt]) -> Int[Tensor, "B ..."]:
-        """Classes or characters of the prompts, as the model reads them. The empty prompt is guidance's "none"."""
-        config = self.module.config
-        if config.text is not None:
-            if unread := [p.label for p in prompts if p.label is not None and not p.text]:
-                raise DataError(f"prompt label {unread[0]}: this model reads text and knows no classes. Give the prompt a text.")
-            return encode_text([p.text for p in prompts], [p.style for p in prompts], config.text).to(self.device)
-        none = self.module.class_emb.num_embeddings - 1
-        for prompt in prompts:
-            if prompt.label is None and prompt.text:
-                raise DataError(f"prompt {prompt.text!r}: this model draws classes and reads no text. Give it a label, 0 to {none - 1}.")
-            if prompt.label is not None and not 0 <= prompt.label < none:
-                raise DataError(f"prompt label {prompt.label}: the model knows classes 0 to {none - 1}. Give one of them.")
-        return torch.tensor([none if p.label is None else p.label for p in prompts], device=self.device)
+        return model_ids(prompts, self.module.config).to(self.device)
 
     def _condition(self, model: NextScale, prompts: Sequence[Prompt], guided: bool) -> Condition:
         """One row per prompt (equal prompts are encoded once), then as many unconditional rows, if guided."""

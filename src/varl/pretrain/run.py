@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from varl.checkpoints import next_scale as model_folder
 from varl.checkpoints import run_state
-from varl.config import FolderConfig, NextScaleConfig, OptimConfig, PretrainConfig, WordsConfig
+from varl.config import FolderConfig, OptimConfig, PretrainConfig, WordsConfig
 from varl.data.folder import load_images, read_folder
 from varl.data.words import dataset, split, word_list
 from varl.errors import ConfigError, NumericsError
 from varl.models.next_scale import NextScale
-from varl.pretrain.next_scale import token_loss
+from varl.policies.next_scale import model_ids
+from varl.pretrain.next_scale import token_fit, token_loss
 from varl.pretrain.tokenizer import CodeAverages, batch_index, start_codebook, tokenizer_loss
 from varl.rng import generator
 from varl.tokenizers.multiscale_vq import MultiScaleVQ
-from varl.tokenizers.text import encode_text
 from varl.train.optim import build_optimizer, lr_at, set_lr
 from varl.train.record import RunDirectory
 from varl.types import Prompt
@@ -103,13 +103,6 @@ def pictures(config: PretrainConfig) -> tuple[UInt8[Tensor, "N 3 H W"], list[Pro
 def signed(images: UInt8[Tensor, "B 3 H W"], device: torch.device) -> Tensor:
     """Pixels in [-1, 1]."""
     return images.to(device).float() / 127.5 - 1
-
-
-def model_ids(prompts: Sequence[Prompt], config: NextScaleConfig) -> Int[Tensor, "N ..."]:
-    """What `NextScale.condition` takes."""
-    if config.text is not None:
-        return encode_text([p.text for p in prompts], [p.style for p in prompts], config.text)
-    return torch.tensor([config.num_classes if p.label is None else p.label for p in prompts])
 
 
 def without_prompts(ids: Int[Tensor, "b ..."], config: PretrainConfig, step: int) -> Int[Tensor, "b ..."]:
@@ -239,16 +232,18 @@ class Work:
             with self._precision():
                 with torch.no_grad():
                     inputs = self.tokenizer.inputs(ids[batch])
-                loss = token_loss(self.model, dropped, inputs, ids[batch]).mean()
+                losses, right = token_fit(self.model, dropped, inputs, ids[batch])
+            loss = losses.mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.max_grad_norm)
             optimizer.step()
             self.done.cpu_seconds += time.process_time() - start
 
-            def metrics(loss=loss, norm=norm) -> dict[str, Any]:
+            def metrics(loss=loss.detach(), right=right, norm=norm) -> dict[str, Any]:
                 held = self._heldout(held_ids, held_text)
-                return {"stage": "transformer", "pretrain/loss": float(loss.detach()), "grad_norm": float(norm), **held}
+                fit = {"pretrain/perplexity": float(loss.exp()), "pretrain/accuracy": float(right.float().mean())}
+                return {"stage": "transformer", "pretrain/loss": float(loss), **fit, "grad_norm": float(norm), **held}
 
             self._finish_step(metrics, self.done.step + 1 == total or self._spent())
 
