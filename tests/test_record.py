@@ -101,7 +101,6 @@ def test_other_ranks_are_silent_but_know_the_metrics(tmp_path):
     run.write(1, {"reward": 1.0})
     run.event("stop", "x")
     run.images(1, torch.zeros(1, 3, 2, 2), ["a"])
-    run.summary({})
     run.close()
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(KeyError):
@@ -134,20 +133,17 @@ time.sleep(600)
     run.close()
 
 
-def test_events_and_summary(tmp_path):
+def test_events(tmp_path):
     run = RunDirectory(tmp_path, CONFIG)
     run.truncate(3)
     run.event("refused", "checkpoint step-000003: Ä")
     run.write(4, {"reward": 1.0})
     run.event("stop", "asked to stop")
-    run.summary({"before": {"ned": 0.5}, "after": [1.0, float("nan")]})
-    run.summary({"before": {"ned": 0.5}, "after": [1.0, float("inf")]})
     run.close()
     assert [(line["step"], line["kind"], line["message"]) for line in lines(run, "events.jsonl")] == [
         (3, "refused", "checkpoint step-000003: Ä"),
         (4, "stop", "asked to stop"),
     ]
-    assert json.loads((tmp_path / "summary.json").read_text()) == {"before": {"ned": 0.5}, "after": [1.0, None]}
 
 
 def test_pictures_are_enlarged_without_blur_and_captioned():

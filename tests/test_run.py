@@ -92,6 +92,7 @@ def test_pictures_are_whole_ones_one_for_each_prompt(whole, name):
     assert not list(folder.rglob("*.tmp"))
     for step in (0, 3, 6):
         at = folder / f"step-{step:06d}"
+        assert (whole[name] / "images" / f"{at.name}.png").is_file()
         assert len(list(at.glob("*.png"))) == len(json.loads((at / "read.json").read_text())) == 6
 
 

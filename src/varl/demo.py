@@ -10,6 +10,7 @@ import shlex
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def demo(out: Path, seed: int = 0, say: Say = log.info, tick: Tick = lambda metr
     if second is None:
         say("second judge: none, because both places would be taken by the same engine")
     say("1/4  the base model, before")
-    before = evaluate(model_path(config.model), config, out / "eval" / "before", engine, second)
+    read = partial(evaluate, config=config, engine=engine, second=second, tick=tick)
+    before = read(model_path(config.model), cache=out / "eval" / "before")
     say(f"     word accuracy {before['T1.0']['word_accuracy']:.3f} at temperature 1")
     say(f"2/4  post-training: {config.train.steps} steps")
     write_atomic(out / "command.txt", f"varl demo --out {shlex.quote(str(out))} --seed {seed}\n")
@@ -68,7 +70,7 @@ def demo(out: Path, seed: int = 0, say: Say = log.info, tick: Tick = lambda metr
     if not outcome.done:
         return out
     trained = load_notes(outcome.model)
-    after = evaluate(outcome.model, config, out / "eval" / "after", engine, second)
+    after = read(outcome.model, cache=out / "eval" / "after")
     say(f"     word accuracy {after['T1.0']['word_accuracy']:.3f} at temperature 1")
     say(f"3/4  control: the base trained on for the same CPU time ({trained['cpu_seconds']:.0f} s)")
     cpu = float(trained["cpu_seconds"])
@@ -78,7 +80,7 @@ def demo(out: Path, seed: int = 0, say: Say = log.info, tick: Tick = lambda metr
             out / "continued",
             lambda metrics: tick({**metrics, "phase": "control"}),
         )
-    control = evaluate(on, config, out / "eval" / "continued", engine, second)
+    control = read(on, cache=out / "eval" / "continued")
     say("4/4  report")
     summary = summarise(config, before, after, control, trained, engine, second)
     write_atomic(out / "summary.json", json.dumps(summary, indent=2))
@@ -99,7 +101,7 @@ def control_config(base: str, cpu_seconds: float, seed: int) -> PretrainConfig:
 # ---- measuring --------------------------------------------------------------------------------------------------------------------------
 
 
-def evaluate(folder: Path, config: RunConfig, cache: Path, engine: str, second: str | None) -> dict[str, dict[str, float]]:
+def evaluate(folder: Path, *, config: RunConfig, cache: Path, engine: str, second: str | None, tick: Tick) -> dict[str, dict[str, float]]:
     """Held-out words at every temperature by the engine that rewards, and at temperature 1 by the other: name -> metrics. Kept in
     `cache`.json, with the pictures of the first words beside it."""
     done = cache.with_suffix(".json")
@@ -109,10 +111,18 @@ def evaluate(folder: Path, config: RunConfig, cache: Path, engine: str, second: 
     policy = NextScalePolicy(model, tokenizer)
     held = build_prompts(config.data, config.seed, WORDS).heldout
     results: dict[str, dict[str, float]] = {}
+    drawn = 0
+
+    def count(rows: int) -> None:
+        nonlocal drawn
+        drawn += rows
+        tick({"phase": f"pictures {cache.name}", "step": drawn, "total": len(TEMPERATURES) * WORDS * COPIES})
+
     reward = OCRReward(OCRConfig(engine=engine))  # type: ignore[arg-type]
     try:
         for temperature in TEMPERATURES:
-            sample = draw_sample(with_law(policy, LawConfig(temperature=temperature)), held, copies=COPIES, seed=EVAL_SEED)
+            law = LawConfig(temperature=temperature)
+            sample = draw_sample(with_law(policy, law), held, copies=COPIES, seed=EVAL_SEED, tick=count)
             judgement = judge_now(reward, sample.images, sample.prompts)
             diversity = token_diversity(sample.actions, COPIES)
             results[f"T{temperature}"] = {**reading_metrics(judgement.parts, COPIES), "token_diversity": diversity}

@@ -82,7 +82,8 @@ def _train(config: RunConfig, out: Path, tick: Tick, seat: mesh.Seat) -> Outcome
         )
         checkpoints = out / "checkpoints"
         restore(trainer, run, checkpoints)
-        watch = Watch(config, policy, judge, prompts, out, trainer)
+        begun = trainer.progress.step
+        watch = Watch(config, policy, judge, prompts, run, trainer)
         if run.writer and config.train.image_every and trainer.progress.step == 0:
             watch.show(0)
 
@@ -98,8 +99,8 @@ def _train(config: RunConfig, out: Path, tick: Tick, seat: mesh.Seat) -> Outcome
 
         reason = trainer.run(after)
         judge.close()
-        # what the reader processes spent is known once they have ended
-        trainer.progress.cpu_seconds += all_sum(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - children).item()
+        if trainer.progress.step > begun:  # what the reader processes spent is known once they have ended
+            trainer.progress.cpu_seconds += all_sum(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - children).item()
         if run.writer:
             run.event("stop", reason)
             save(trainer, checkpoints, config.train.keep)
@@ -165,8 +166,8 @@ def notes(trainer: Trainer, config: RunConfig) -> dict[str, Any]:
 class Watch:
     """Held-out evaluation and pictures at fixed prompts and seeds, while training goes on."""
 
-    def __init__(self, config: RunConfig, policy: Policy, judge: Judge, prompts: PromptSets, out: Path, trainer: Trainer) -> None:
-        self.config, self.policy, self.judge, self.prompts, self.out, self.trainer = config, policy, judge, prompts, out, trainer
+    def __init__(self, config: RunConfig, policy: Policy, judge: Judge, prompts: PromptSets, run: RunDirectory, trainer: Trainer) -> None:
+        self.config, self.policy, self.judge, self.prompts, self.run, self.trainer = config, policy, judge, prompts, run, trainer
 
     def after(self, step: int) -> Metrics:
         if self.config.train.image_every and step % self.config.train.image_every == 0:
@@ -191,19 +192,22 @@ class Watch:
         shown = Shown(self.judge)
         pieces = list(algorithm.collect(self.policy, fixed, shown, rng, step))
         pieces = [piece for piece in pieces if piece.stage == pieces[0].stage]
-        folder = self.out / "pictures" / f"step-{step:06d}"
+        folder = self.run.path / "pictures" / f"step-{step:06d}"
         ends = [0, *accumulate(h * w for h, w in self.policy.layout.grids)]
         group = sum(len(piece) for piece in pieces) // len(fixed)
         read: list[dict[str, Any]] = []
+        grid: list[Tensor] = []
         for images, piece in zip(shown.images, pieces, strict=True):
             for row in range(0, len(piece), group):
-                save_picture(folder / f"{len(read):02d}.png", images[row * len(images) // len(piece)])
+                grid.append(images[row * len(images) // len(piece)].cpu())
+                save_picture(folder / f"{len(read):02d}.png", grid[-1])
                 read.append(told(piece, row, ends))
         write_json(folder / "read.json", read)
+        self.run.images(step, torch.stack(grid), [prompt.text or str(prompt.label) for prompt in fixed])
         self._index(step)
 
     def _index(self, step: int) -> None:
-        file = self.out / "pictures" / "index.json"
+        file = self.run.path / "pictures" / "index.json"
         steps = json.loads(file.read_text())["steps"] if file.exists() else []
         algorithm = self.config.algorithm
         grpo = algorithm.grpo if isinstance(algorithm, VARRLConfig) else algorithm

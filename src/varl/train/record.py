@@ -1,6 +1,7 @@
 """A run directory: what was asked, what happened step by step, and what came out, so that a run can be read, resumed and compared.
 
-config.yaml, metrics.jsonl (one object a step), events.jsonl, images/step-000010.png, tensorboard/, checkpoints/, summary.json."""
+config.yaml, metrics.jsonl (one object a step), events.jsonl, images/step-000010.png, tensorboard/; others add
+checkpoints/, pictures/, model/ and what their commands measured."""
 
 import fcntl
 import json
@@ -158,12 +159,6 @@ class RunDirectory:
         if self.writer:
             _save_png(self.path / "images" / f"step-{step:06d}.png", picture_grid(images, captions))
 
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """summary.json: what came out, in numbers and strings."""
-        if not self.writer:
-            return
-        _replace(self.path / "summary.json", json.dumps(_finite(values), indent=2, ensure_ascii=False).encode())
-
     def close(self) -> None:
         if not self.writer:
             return
@@ -245,14 +240,6 @@ def _step_of(line: bytes) -> float:
         return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
     except ValueError:
         return math.inf
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _save_png(file: Path, sheet: Image.Image) -> None:
