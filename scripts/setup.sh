@@ -13,7 +13,7 @@ if [ "$(cat $venv/.installed 2>/dev/null)" != "$want" ]; then
   links=${PIP_FIND_LINKS:-$("$vpy" -m pip config get global.find-links 2>/dev/null || true)}
   [ -z "$links" ] || export UV_FIND_LINKS="$links"
   packages=(-c constraints.txt -e ".[$extras]")
-  { "$vpy" -m pip install -q --disable-pip-version-check "uv>=0.9,<1" && "$vpy" -m uv pip install -q --python "$vpy" "${packages[@]}"; } 2>/dev/null ||
+  { "$vpy" -m pip install -q --disable-pip-version-check "uv>=0.9,<1" && "$vpy" -m uv pip install -q --compile-bytecode --python "$vpy" "${packages[@]}"; } 2>/dev/null ||
     "$vpy" -m pip install -q --disable-pip-version-check "${packages[@]}"
   echo "$want" > $venv/.installed
 fi
