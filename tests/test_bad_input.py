@@ -7,8 +7,10 @@ import sys
 
 import pytest
 import torch
+import yaml
 
 from tiny import snapshot, status, write_config
+from varl.cli import run_folder
 from varl.data.folder import write_folder
 from varl.types import Prompt
 
@@ -83,6 +85,28 @@ def test_a_config_file_that_is_not_there(refused):
 def test_a_config_that_is_not_yaml(refused, here, tmp_path):
     (tmp_path / "bad.yaml").write_text("model: [a")
     assert "this is not YAML: " in refused("train", tmp_path / "bad.yaml")
+
+
+def test_a_config_that_is_not_utf8(refused, tmp_path):
+    (tmp_path / "bad.yaml").write_bytes("name: Çat\n".encode("latin-1"))
+    for command in ("train", "plan"):
+        said = refused(command, tmp_path / "bad.yaml")
+        assert f"{tmp_path}/bad.yaml: is not UTF-8 (" in said
+        assert "Save it as UTF-8." in said
+
+
+@pytest.mark.parametrize(
+    ("processes", "said"),
+    [
+        (0, "--processes 0: the first process is the run itself. Give 1 or more."),
+        (3, "--processes 3: they share train.prompts_per_step=2, and a process without a prompt has nothing to do. Give 2 or fewer"),
+        (2, "--processes 2: torchrun has started 2 already. Leave --processes out."),
+    ],
+)
+def test_processes(refused, monkeypatch, processes, said):
+    if processes == 2:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    assert said in refused("train", "run.yaml", "--processes", processes, "--out", "new")
 
 
 @pytest.mark.parametrize(
@@ -224,6 +248,37 @@ def test_an_out_that_is_a_file(refused):
     assert "--out run.yaml: is a file. Give a folder" in refused("train", "run.yaml", "--out", "run.yaml")
 
 
+def test_an_out_that_is_no_place_for_a_run(refused, here):
+    """Of somebody else, of a model, or below a file; what a run left before its first step is one."""
+    (here / "mine").mkdir()
+    (here / "mine/thesis.tex").write_text("")
+    (here / "other").mkdir()
+    (here / "other/config.yaml").write_text("port: 80")
+    for out, said in (
+        ("mine", "--out mine: is not empty and not a run. Give a new folder, or that of a run to go on."),
+        (".", "--out .: is not empty and not a run."),
+        ("base", "--out base: is a model folder. Give a folder of its own to the run."),
+        ("other", "--out other: its config.yaml is not a run's. Give a new folder, or mend it: unknown key `port`."),
+        ("run.yaml/below", f"--out run.yaml/below: {here}/run.yaml is a file, so nothing can lie in it."),
+        ("/proc/mine", "--out /proc/mine: /proc cannot be written"),
+    ):
+        assert said in refused("train", "run.yaml", "--out", out)
+    for entry, marks in (("lock", ()), ("command.txt", ()), ("probe.json", ()), ("eval", ("eval",))):
+        folder = here / f"begun with {entry}"
+        folder.mkdir()
+        (folder / entry).write_text("")
+        assert run_folder(folder, "tiny", *marks) == folder
+
+
+def test_an_out_that_is_no_place_for_a_file(refused, here):
+    """Said before the model is loaded, which is broken here."""
+    (here / "base/model.safetensors").write_bytes(b"")
+    for command in (["sample", "base", "--prompt", "CAT"], ["eval", "base"]):
+        assert "--out out: is a folder. Give the name of a file, for example out/out." in refused(*command, "--out", "out")
+        assert "--out /proc/x: /proc cannot be written" in refused(*command, "--out", "/proc/x")
+        assert f"--out run.yaml/x: {here}/run.yaml is a file" in refused(*command, "--out", "run.yaml/x")
+
+
 def test_a_probe_that_is_none(refused, here):
     (here / "mine.json").write_text(json.dumps([1]))
     assert "--probe no.json: there is no such file. Make one with `varl probe`." in refused("train", "run.yaml", "--probe", "no.json")
@@ -256,7 +311,20 @@ def test_nothing_to_draw(refused):
 
 def test_evaluation(refused):
     assert "--judges 'tesserac': unknown tesserac. Use tesseract, rapidocr or auto." in refused("eval", "base", "--judges", "tesserac")
+    assert "--judges 'auto,': a name is missing beside a comma. Use" in refused("eval", "base", "--judges", "auto,")
     assert "--temperatures 'hot': must be numbers" in refused("eval", "base", "--temperatures", "hot")
+    assert "--temperatures '1,0': each must be above 0 and finite" in refused("eval", "base", "--temperatures", "1,0")
+
+
+def test_evaluation_of_a_run_without_held_out_prompts(refused, here):
+    data_folder(here)
+    config = yaml.safe_load((here / "out/config.yaml").read_text())
+    (here / "out/config.yaml").write_text(yaml.safe_dump(config | {"data": {"kind": "folder", "path": "mine"}}))
+    said = refused("eval", "out")
+    assert (
+        "out: has no held-out prompts, because data.heldout was not set. Evaluate its model on drawn words instead, with `varl eval out/"
+        in said
+    )
 
 
 def test_reports(refused):

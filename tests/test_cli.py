@@ -1,13 +1,15 @@
 import json
 import subprocess
 import sys
+from io import StringIO
 
 import pytest
 import yaml
 from PIL import Image
+from rich.console import Console
 
 from tiny import save_tiny, status, write_config
-from varl.cli import RECIPES_HELP, Bar, command_line, load, measured_line, training_line, warn_against_probes
+from varl.cli import Bar, command_line, load, measured_line, recipes_help, training_line, warn_against_probes
 from varl.config import GRPOConfig, PretrainConfig, RunConfig
 from varl.errors import ConfigError
 from varl.probe import model_identity
@@ -15,6 +17,14 @@ from varl.recipes import describe, recipe
 from varl.settings import to_yaml
 
 COMMANDS = ["train", "pretrain", "sample", "eval", "report", "compare", "plan", "probe", "doctor", "parity", "demo", "convert"]
+WITNESSED = """
+import os
+
+def reward(images, prompts):
+    with open("judges.txt", "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    return images.mean((1, 2, 3))
+"""
 INTERRUPTING = """
 import signal
 asked = 0
@@ -44,9 +54,32 @@ def test_every_command_has_help(command, capfd):
     assert "Usage" in capfd.readouterr().out
 
 
-def test_recipes_are_listed_in_help():
+def test_recipes_are_listed_in_the_help_of_what_takes_them():
     for name, line in describe().items():
-        assert f"{name}  {line}" in RECIPES_HELP
+        for kind in (RunConfig, PretrainConfig):
+            assert (f"{name}  {line}" in recipes_help(kind)) == isinstance(recipe(name), kind)
+            assert f"{name}  {line}" in recipes_help(RunConfig, PretrainConfig)
+
+
+def test_a_bar_holds_its_count_and_its_end_however_long_the_line(monkeypatch):
+    """Of what was measured, what does not fit is cut."""
+    metrics = {"step": 110, "total": 220, **{f"measured_{i}": 0.5 for i in range(12)}}
+    for width in (80, 120):
+        shown = StringIO()
+        monkeypatch.setattr("varl.cli.err_console", Console(file=shown, width=width, force_terminal=True, color_system=None))
+        with Bar(None, measured_line, shown=True) as bar:
+            bar.tick(metrics)
+        line = [line for line in shown.getvalue().splitlines() if "step" in line][-1]
+        assert all(part in line for part in ("step", "━" * 12, "110/220", "ETA", "-:--:--", "measured_0 0.5"))
+        assert line.rstrip().endswith("…")
+        assert "measured_11" not in line
+
+
+def test_a_bar_follows_a_total_that_grows():
+    with Bar(None, measured_line, shown=True) as bar:
+        for step, total in ((5, 80), (10, 90)):
+            bar.tick({"step": step, "total": total})
+            assert bar.progress.tasks[0].total == total
 
 
 def test_a_recipe_and_its_yaml_are_the_same_config(tmp_path):
@@ -79,7 +112,7 @@ def test_the_line_of_a_step():
     assert training_line(metrics | phases) == "reward 0.500  words 25%  12.3 images/s  rollout 25% decode 5% reward 0% train 50%"
     assert training_line({"step": 1, "reward": None}) == ""
     assert measured_line({"step": 3, "pretrain/psnr": 21.234, "pretrain/loss": 0.5, "phase": "tokenizer"}) == "psnr 21.2  loss 0.5"
-    assert measured_line({"step": 90.5, "pictures": 5600}) == "pictures 5,600"
+    assert measured_line({"step": 90.5, "total": 180, "pictures": 5600}) == "pictures 5,600"
 
 
 def test_a_resumed_run_is_not_taken_for_a_fast_one(capfd):
@@ -130,6 +163,16 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(made, capfd):
     assert "To go on" not in said
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3]
+
+
+def test_processes_share_a_step_and_the_command_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(WITNESSED)
+    file = write_config(tmp_path)
+    asked = ["train", file, "--set", "train.steps=1", "--set", "rewards.bright.reward.target=mine.py:reward", "--out", "out", "--quiet"]
+    assert status(*asked, "--processes", 2) == 0
+    assert len(set((tmp_path / "judges.txt").read_text().split())) == 2
+    assert (tmp_path / "out/command.txt").read_text().endswith(" --out out --processes 2\n")
 
 
 def test_a_probe_of_the_same_model_warns(tmp_path, capfd):

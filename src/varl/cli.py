@@ -2,11 +2,13 @@
 
 import json
 import logging
+import math
 import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -15,9 +17,9 @@ import yaml
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
-from varl.config import LawConfig, PretrainConfig, RunConfig
+from varl.config import LawConfig, NextScaleConfig, PretrainConfig, RunConfig
 from varl.errors import ConfigError, VarlError
 from varl.recipes import describe, recipe
 from varl.settings import from_yaml, override
@@ -35,7 +37,12 @@ FAILED, REFUSED = 1, 2
 """Exit status: a check that failed; something that cannot be done as asked."""
 LINE_EVERY = 10.0
 """Seconds between lines of progress where there is no terminal for a bar."""
-RECIPES_HELP = "Recipes:\n\n" + "\n\n".join(f"{name}  {line}" for name, line in describe().items())
+
+
+def recipes_help(*kinds: type) -> str:
+    """The recipes of these kinds, each with its description."""
+    return "Recipes:\n\n" + "\n\n".join(f"{name}  {line}" for name, line in describe().items() if isinstance(recipe(name), kinds))
+
 
 Target = Annotated[
     str, typer.Argument(metavar="RECIPE|CONFIG.YAML", help="A recipe's name, or a YAML file like a run directory's config.yaml.")
@@ -65,7 +72,10 @@ def load(target: str, assignments: Sequence[str]) -> RunConfig | PretrainConfig:
         return override(recipe(target), assignments)
     if not Path(target).is_file():
         raise ConfigError(f"there is no file {target}. Give a YAML file, or the name of a recipe: {', '.join(describe())}.")
-    text = Path(target).read_text(encoding="utf-8")
+    try:
+        text = Path(target).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{target}: is not UTF-8 ({error}). Save it as UTF-8.") from error
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -81,17 +91,58 @@ def load_as(target: str, assignments: Sequence[str] | None, cls: type[Config], o
     return config
 
 
-def run_folder(out: Path | None, name: str) -> Path:
-    """Where the run shall lie."""
+def run_folder(out: Path | None, name: str, *marks: str) -> Path:
+    """Where the run shall lie: a folder that is new or empty, or a run's, of which it may hold no more than `marks` yet."""
+    folder = out or Path("runs") / name
+    if folder.is_file():
+        raise ConfigError(f"--out {folder}: is a file. Give a folder, new or of a run to go on.")
+    demand_place(folder, folder)
+    there = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    if {"config.yaml", "manifest.json"} <= there:
+        raise ConfigError(f"--out {folder}: is a model folder. Give a folder of its own to the run.")
+    if "config.yaml" in there:
+        try:
+            load(str(folder / "config.yaml"), ())
+        except ConfigError as error:
+            raise ConfigError(f"--out {folder}: its config.yaml is not a run's. Give a new folder, or mend it: {error}") from error
+    elif there - {"lock"} and there.isdisjoint({"command.txt", "probe.json", *marks}):
+        raise ConfigError(f"--out {folder}: is not empty and not a run. Give a new folder, or that of a run to go on.")
+    return folder
+
+
+def demand_file(out: Path) -> None:
+    """Whether a file can be written there, or replaced."""
+    if out.is_dir():
+        raise ConfigError(f"--out {out}: is a folder. Give the name of a file, for example {out / 'out'}.")
+    if out.exists() and not os.access(out, os.W_OK):
+        raise ConfigError(f"--out {out}: this file cannot be written. Give another.")
+    demand_place(out.parent, out)
+
+
+def demand_place(folder: Path, out: Path) -> None:
+    """Whether `folder` is there or can be made, and takes files; `out` is what was asked for."""
     from varl.doctor import writable
 
-    folder = out or Path("runs") / name
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {folder}: is a file. Give a folder, new or of a run to go on.")
+    above = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not above.is_dir():
+        raise ConfigError(f"--out {out}: {above} is a file, so nothing can lie in it. Give a place in a folder.")
     finding = writable(folder)
     if finding.verdict != "ok":
-        raise ConfigError(f"--out {folder}: {finding.text}. Give a folder of yours.")
-    return folder
+        raise ConfigError(f"--out {out}: {finding.text}. Give a folder of yours.")
+
+
+def demand_processes(processes: int, config: RunConfig) -> None:
+    """Whether so many can share a step."""
+    prompts, started = config.train.prompts_per_step, int(os.environ.get("WORLD_SIZE", "1"))
+    if processes < 1:
+        raise ConfigError(f"--processes {processes}: the first process is the run itself. Give 1 or more.")
+    if processes > prompts:
+        raise ConfigError(
+            f"--processes {processes}: they share train.prompts_per_step={prompts}, and a process without a prompt has nothing to do. "
+            f"Give {prompts} or fewer, or set more prompts."
+        )
+    if processes > 1 and started > 1:
+        raise ConfigError(f"--processes {processes}: torchrun has started {started} already. Leave --processes out.")
 
 
 def command_line(verb: str, target: str, assignments: Sequence[str] | None, out: Path, extra: Sequence[str] = ()) -> str:
@@ -131,7 +182,8 @@ class Bar:
             TextColumn("ETA"),
             TimeRemainingColumn(),
         )
-        self.progress = Progress(*columns, TextColumn("{task.fields[says]}"), console=err_console, disable=not shown)
+        says_column = TextColumn("{task.fields[says]}", table_column=Column(ratio=1, no_wrap=True))  # what is too long is cut here alone
+        self.progress = Progress(*columns, says_column, console=err_console, expand=True, disable=not shown)
         self.total, self.says, self.shown, self.task, self.phase, self.last = total, says, shown, None, "", 0.0
 
     def __enter__(self) -> "Bar":
@@ -148,7 +200,7 @@ class Bar:
             if self.task is not None:
                 self.progress.remove_task(self.task)
             self.phase, self.task = phase, self.progress.add_task(phase, total=total, completed=step, says=says)
-        self.progress.update(self.task, completed=step, says=says)
+        self.progress.update(self.task, total=total, completed=step, says=says)
         if self.shown and not err_console.is_terminal and time.monotonic() - self.last > LINE_EVERY:
             self.last = time.monotonic()
             typer.echo(f"{phase} {step}{f'/{total}' if total else ''}  {says}", err=True)
@@ -169,7 +221,8 @@ def training_line(metrics: Mapping[str, Any]) -> str:
 
 def measured_line(metrics: Mapping[str, Any]) -> str:
     """Every number of the step, by its last name."""
-    found = {name.rpartition("/")[2]: value for name, value in metrics.items() if name != "step" and isinstance(value, int | float)}
+    metrics = {name: value for name, value in metrics.items() if name not in ("step", "total")}
+    found = {name.rpartition("/")[2]: value for name, value in metrics.items() if isinstance(value, int | float)}
     return "  ".join(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.3g}" for name, value in found.items())
 
 
@@ -187,34 +240,47 @@ def speak(quiet: bool) -> None:
 # ---- commands ---------------------------------------------------------------------------------------------------------------------------
 
 
-@app.command(epilog=RECIPES_HELP)
+@app.command(epilog=recipes_help(RunConfig))
 def train(
     target: Target,
     assignments: Set = None,
     out: Out = None,
     quiet: Quiet = False,
     probe: Annotated[Path | None, typer.Option("--probe", help="A probe.json to hold the settings against.")] = None,
+    processes: Annotated[
+        int,
+        typer.Option(
+            help="Processes of this machine that share each step's prompts and the machine's threads. They need no torchrun, which is for "
+            "several machines; one of the two, not both."
+        ),
+    ] = 1,
 ) -> None:
     """Post-train a model. Goes on where it stopped if the run directory exists; Ctrl-C saves and stops."""
     config = load_as(target, assignments, RunConfig, "pretrain")
     quiet = quiet or not first_process()
     speak(quiet)
+    demand_processes(processes, config)
+    folder = run_folder(out, config.name)
+    import torch
+
     from varl.plan import plan
 
-    folder = run_folder(out, config.name)
     refuse(plan(config, calibrate=False).problems)
     warn_against_probes(config, folder, probe)
+    from varl.demo import threads
     from varl.run import train as run
 
-    command = command_line("train", target, assignments, folder, ["--probe", str(probe)] if probe else [])
-    with Bar(config.train.steps, training_line, shown=not quiet) as bar:
+    extra = [*(["--probe", str(probe)] if probe else []), *(["--processes", str(processes)] if processes > 1 else [])]
+    command = command_line("train", target, assignments, folder, extra)
+    shared = threads(max(1, torch.get_num_threads() // processes)) if processes > 1 else nullcontext()
+    with Bar(config.train.steps, training_line, shown=not quiet) as bar, shared:
 
         def tick(metrics: Mapping[str, Any]) -> None:
             if bar.task is None and first_process():  # by now the directory is known to be this run's
                 (folder / "command.txt").write_text(f"{command}\n")
             bar.tick(metrics)
 
-        outcome = run(config, folder, tick)
+        outcome = run(config, folder, tick, processes=processes)
     if not first_process():
         return
     typer.echo(f"{outcome.reason}; {outcome.progress.step} steps, {outcome.progress.reward_calls} pictures judged")
@@ -258,7 +324,7 @@ def make_report(folder: Path) -> Path:
     return write_report(folder, definitions=METRICS)
 
 
-@app.command(epilog=RECIPES_HELP)
+@app.command(epilog=recipes_help(PretrainConfig))
 def pretrain(target: Target, assignments: Set = None, out: Out = None, quiet: Quiet = False) -> None:
     """Train a base model from scratch: tokenizer, then transformer. Goes on where it stopped."""
     config = load_as(target, assignments, PretrainConfig, "train")
@@ -287,7 +353,7 @@ def sample(
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Text; | separates regions. May be repeated.")] = None,
     label: Annotated[list[int] | None, typer.Option("--label", help="Class, for a model of classes. May be repeated.")] = None,
     prompts: Annotated[Path | None, typer.Option("--prompts", help="A folder with prompts.jsonl.")] = None,
-    style: Annotated[str, typer.Option("--style", help="Attributes for every --prompt, e.g. mono,sea.")] = "",
+    style: Annotated[str, typer.Option("--style", help="Attributes for every --prompt, e.g. mono,indigo.")] = "",
     copies: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt.")] = 16,
     seed: int = 0,
     temperature: float = 1.0,
@@ -299,6 +365,7 @@ def sample(
     law = LawConfig(cfg_scale=numbers(cfg, "--cfg"), temperature=temperature, top_k=top_k, top_p=top_p)
     if not (prompt or label or prompts):
         raise ConfigError("nothing to draw: give --prompt, --label or --prompts.")
+    demand_file(out)
     from varl.data.folder import read_folder
     from varl.sample import draw_grid, find_model, load_policy, text_prompt
     from varl.types import Prompt
@@ -322,22 +389,31 @@ def evaluate(
 ) -> None:
     """Can the words be read? A row for each temperature and judge, with 95% intervals."""
     levels, readers = numbers(temperatures, "--temperatures"), [name.strip() for name in judges.split(",")]
+    if not all(0 < level < math.inf for level in levels):
+        raise ConfigError(f"--temperatures {temperatures!r}: each must be above 0 and finite, for example 1.0,0.8.")
+    if "" in readers:
+        raise ConfigError(f"--judges {judges!r}: a name is missing beside a comma. Use tesseract, rapidocr or auto.")
     unknown = [name for name in readers if name not in ("auto", "tesseract", "rapidocr")]
     if unknown:
         raise ConfigError(f"--judges {judges!r}: unknown {', '.join(unknown)}. Use tesseract, rapidocr or auto.")
     from varl.build import build_prompts
+    from varl.checkpoints.folder import load_config
     from varl.sample import evaluate as measure
     from varl.sample import find_model, load_policy, words_of
 
     path = find_model(target)
     run = path.parent if path == Path(target) / "model" else None
-    policy = load_policy(path)
-    data = from_yaml((run / "config.yaml").read_text(encoding="utf-8")).data if run else words_of(policy.module.config)
+    file = out or (run or Path()) / "eval.json"
+    demand_file(file)
+    data = load(str(run / "config.yaml"), ()).data if run else words_of(from_yaml(load_config(path), NextScaleConfig))
     heldout = build_prompts(data, 0, samples).heldout
     if not heldout:
-        raise ConfigError(f"{target}: its data has no held-out prompts. Set data.heldout to a folder with prompts.jsonl.")
+        raise ConfigError(
+            f"{target}: has no held-out prompts, because data.heldout was not set. Evaluate its model on drawn words instead, with "
+            f"`varl eval {path}`, or look at it with `varl sample`."
+        )
+    policy = load_policy(path)
     rows = measure(policy, heldout, temperatures=levels, judges=readers, seed=seed)
-    file = out or (run or Path()) / "eval.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"model": str(path), "prompts": len(heldout), "seed": seed, "rows": rows}, indent=2))
     table = Table("temperature", "judge", "word accuracy", "similarity", "failed", "diversity")
@@ -364,7 +440,7 @@ def compare(runs: list[Path]) -> None:
     typer.echo(str(page(runs)))
 
 
-@app.command("plan", epilog=RECIPES_HELP)
+@app.command("plan", epilog=recipes_help(RunConfig, PretrainConfig))
 def show_plan(target: Target, assignments: Set = None) -> None:
     """What a run will cost and what is missing, before any weight is loaded. Exit status 2 if something is."""
     config = load(target, assignments or ())
@@ -376,12 +452,19 @@ def show_plan(target: Target, assignments: Set = None) -> None:
         raise typer.Exit(REFUSED)
 
 
-@app.command(epilog=RECIPES_HELP)
+@app.command(epilog=recipes_help(RunConfig))
 def probe(
     target: Target,
     assignments: Set = None,
     out: Out = None,
-    minutes: Annotated[float, typer.Option(min=0, help="How long to measure.")] = 3.0,
+    minutes: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="How long to measure. Where that is too short for any interval it takes longer: 4 batches for each scale but the first, "
+            "and 6 at least. Of bundled:words that is 16, more than a minute with OCR on two cores.",
+        ),
+    ] = 3.0,
     quiet: Quiet = False,
 ) -> None:
     """Measure, on your own model and reward, what decides a run; recommend PANW's alpha, m, K and the group size."""
@@ -395,7 +478,8 @@ def probe(
     with Bar(round(60 * minutes), measured_line, shown=not quiet) as bar:
 
         def tick(metrics: Mapping[str, float]) -> None:
-            bar.tick({"phase": "seconds", "step": metrics["seconds"], "batches": metrics["rounds"], "pictures": metrics["images"]})
+            so_far = {"batches": metrics["rounds"], "pictures": metrics["images"]}
+            bar.tick({"phase": "seconds", "step": metrics["seconds"], "total": round(metrics["total"]), **so_far})
 
         found = measure(config, folder, minutes=minutes, tick=tick)
     typer.echo(f"{found['images']:,} pictures judged in {found['seconds']:.0f} s")
@@ -436,7 +520,7 @@ def demo(out: Annotated[Path, typer.Option("--out")] = Path("runs/demo"), seed: 
     speak(quiet)
     from varl.demo import demo as run
 
-    folder = run_folder(out, "demo")
+    folder = run_folder(out, "demo", "eval")  # it measures the base model first
     with Bar(None, lambda metrics: training_line(metrics) or measured_line(metrics), shown=not quiet) as bar:
         found = run(folder, seed, err_console.print, bar.tick)
     if not (found / "summary.json").exists():

@@ -474,7 +474,7 @@ def say_group(group: Estimate) -> str:
 def probe(config: RunConfig, out: Path, *, minutes: float = 3.0, tick: Tick = lambda metrics: None) -> dict[str, Any]:
     """Measures the config's model under its laws and rewards on its own prompts until `minutes` are over (at least `least_rounds`), and
     writes out/probe.json. Every picture has one advantage: region credit and masks are not measured. `tick` hears of rounds, pictures and
-    seconds."""
+    seconds, and of how many seconds it will be in total."""
     device = device_of(config.train.device)
     model = model_identity(model_path(config.model))
     policy = build_policy(config, device, reference=needs_reference(config.algorithm))
@@ -500,7 +500,9 @@ def measure(found: Probe, seconds: float, tick: Tick = lambda metrics: None) -> 
     start = time.perf_counter()
     while found.rounds < found.least_rounds or time.perf_counter() - start < seconds:
         found.round()
-        tick({"rounds": found.rounds, "images": found.images, "seconds": time.perf_counter() - start})
+        spent = time.perf_counter() - start
+        least = spent * max(found.least_rounds / found.rounds, 1)
+        tick({"rounds": found.rounds, "images": found.images, "seconds": spent, "total": max(seconds, least)})
     return {**findings(found), "seconds": time.perf_counter() - start}
 
 
