@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from varl.config import NextScaleConfig, TextConfig
+from varl.models.layers import KVCache
 
 NORM_EPS = 1e-6
 MAX_LOG_SCALE = 4.605170185988092  # log 100
@@ -45,28 +46,6 @@ class Condition:
 
     def rows(self, index: Int[Tensor, " b"] | slice) -> "Condition":
         return self.map(lambda t: t[index])
-
-
-class KVCache:
-    """Static keys and values of every block, [B, heads, L, d]; scales are written in order. `fork` copies only what is written."""
-
-    def __init__(self, keys: list[Tensor], values: list[Tensor], length: int = 0) -> None:
-        self.keys, self.values, self.length = keys, values, length
-
-    @classmethod
-    def empty(cls, depth: int, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> "KVCache":
-        keys, values = ([torch.empty(shape, device=device, dtype=dtype) for _ in range(depth)] for _ in range(2))
-        return cls(keys, values)
-
-    def fork(self, rows: Int[Tensor, " b"], capacity: int) -> "KVCache":
-        """A cache of the given rows, of room for `capacity` tokens, holding what this one holds."""
-
-        def copy(old: Tensor) -> Tensor:
-            new = old.new_empty(len(rows), old.shape[1], capacity, old.shape[3])
-            new[:, :, : self.length] = old[rows, :, : self.length]
-            return new
-
-        return KVCache([copy(k) for k in self.keys], [copy(v) for v in self.values], self.length)
 
 
 class SelfAttention(nn.Module):
@@ -104,10 +83,8 @@ class SelfAttention(nn.Module):
     def step(self, x: Float[Tensor, "B n D"], cache: KVCache, block: int) -> Float[Tensor, "B n D"]:
         """The tokens of one scale, after those in the cache."""
         q, k, v = self.qkv(x)
-        end = cache.length + x.shape[1]
-        cache.keys[block][:, :, cache.length : end] = k
-        cache.values[block][:, :, cache.length : end] = v
-        out = F.scaled_dot_product_attention(q, cache.keys[block][:, :, :end], cache.values[block][:, :, :end], scale=self.scale)
+        keys, values = cache.write(block, k, v)
+        out = F.scaled_dot_product_attention(q, keys, values, scale=self.scale)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
@@ -323,12 +300,9 @@ class NextScale(nn.Module):
 
     def cache(self, batch: int, scales: int | None = None) -> KVCache:
         """Room for the first `scales` scales of `batch` pictures."""
-        weight = self.blocks[0].attn.mat_qkv.weight
-        dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else weight.dtype
-        width, heads = self.config.width, self.config.heads
-        return KVCache.empty(
-            len(self.blocks), (batch, heads, self.ends[(scales or len(self.ends)) - 1], width // heads), weight.device, dtype
-        )
+        heads, end = self.config.heads, self.ends[(scales or len(self.ends)) - 1]
+        shape = (batch, heads, end, self.config.width // heads)
+        return KVCache.empty(len(self.blocks), shape, self.blocks[0].attn.mat_qkv.weight)
 
     def step(self, condition: Condition, inputs: Float[Tensor, "B n C"] | None, scale: int, cache: KVCache) -> Float[Tensor, "B n D"]:
         """Hidden states of one scale; `inputs` is None at the first."""

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from varl.config import LawConfig, NextScaleConfig
 from varl.errors import ConfigError, DataError
-from varl.models.next_scale import Condition, KVCache, NextScale
+from varl.models.layers import KVCache
+from varl.models.next_scale import Condition, NextScale
 from varl.policies.sampling import analytic_kl, draw, in_row_chunks, token_law, token_scores
 from varl.rng import Stream
 from varl.tokenizers.multiscale_vq import MultiScaleVQ

@@ -1,0 +1,37 @@
+"""What the transformers of all families share."""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+class KVCache:
+    """Static keys and values of every block, [B, heads, L, d], written in the order of the tokens. `fork` copies only what is written."""
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor], length: int = 0) -> None:
+        self.keys, self.values, self.length = keys, values, length
+
+    @classmethod
+    def empty(cls, depth: int, shape: tuple[int, int, int, int], weight: Tensor) -> "KVCache":
+        """On the device of `weight`, in the precision that it computes in."""
+        device = weight.device
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
+        keys, values = ([torch.empty(shape, device=device, dtype=dtype) for _ in range(depth)] for _ in range(2))
+        return cls(keys, values)
+
+    def write(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values of `block` so far, the new ones after those that were there. `length` is the caller's to move on."""
+        end = self.length + k.shape[2]
+        self.keys[block][:, :, self.length : end] = k
+        self.values[block][:, :, self.length : end] = v
+        return self.keys[block][:, :, :end], self.values[block][:, :, :end]
+
+    def fork(self, rows: Int[Tensor, " b"], capacity: int) -> "KVCache":
+        """A cache of the given rows, of room for `capacity` tokens, holding what this one holds."""
+
+        def copy(old: Tensor) -> Tensor:
+            new = old.new_empty(len(rows), old.shape[1], capacity, old.shape[3])
+            new[:, :, : self.length] = old[rows, :, : self.length]
+            return new
+
+        return KVCache([copy(k) for k in self.keys], [copy(v) for v in self.values], self.length)
