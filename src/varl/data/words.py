@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from PIL import ImageFont
 from torch import Tensor
 
 from varl.config import WordsConfig
@@ -144,18 +145,26 @@ def slots(count: int, image_size: tuple[int, int]) -> list[tuple[int, int, int, 
     return boxes
 
 
-@lru_cache(maxsize=65536)
-def _ink(text: str, font: str, size: int) -> tuple[UInt8[np.ndarray, "h w"], int]:
-    """The coverage of `text`, cut to its ink, and the row of its top in the font's own frame (pixels, downwards)."""
-    mask, offset = load_font(font, size).getmask2(text, mode="L")
+def ink_of(font: ImageFont.FreeTypeFont, text: str) -> tuple[UInt8[np.ndarray, "h w"], int] | None:
+    """The coverage of `text`, cut to its ink, and the row of its top in the font's own frame (pixels, downwards); None without ink."""
+    mask, offset = font.getmask2(text, mode="L")
     coverage = np.asarray(mask, dtype=np.uint8).reshape(mask.size[::-1]).copy()
     coverage[coverage < FAINTEST] = 0
     rows, columns = np.flatnonzero(coverage.any(1)), np.flatnonzero(coverage.any(0))
     if not len(rows):
-        raise DataError(f"text {text!r}: font {font!r} draws nothing for it. Use letters that the font has.")
+        return None
     coverage = coverage[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     coverage.setflags(write=False)
     return coverage, offset[1] + int(rows[0])
+
+
+@lru_cache(maxsize=65536)
+def _ink(text: str, font: str, size: int) -> tuple[UInt8[np.ndarray, "h w"], int]:
+    """`ink_of` the face at `size` pixels per em."""
+    drawn = ink_of(load_font(font, size), text)
+    if drawn is None:
+        raise DataError(f"text {text!r}: font {font!r} draws nothing for it. Use letters that the font has.")
+    return drawn
 
 
 @lru_cache(maxsize=4096)
