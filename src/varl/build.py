@@ -1,17 +1,21 @@
 """From config to objects: the only file that names concrete classes."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import assert_never
+from typing import assert_never, cast
 
 import torch
+from torch import Tensor
 
 from varl.algorithms.grpo import GRPO
+from varl.algorithms.va_pi import VAPI
 from varl.algorithms.var_rl import VARRL
 from varl.checkpoints import next_scale as next_scale_folder
+from varl.checkpoints.folder import strict_load
+from varl.checkpoints.var import read_weights
 from varl.config import (
     AlgorithmConfig,
     DataConfig,
@@ -21,8 +25,10 @@ from varl.config import (
     NextScaleConfig,
     OCRConfig,
     PythonRewardConfig,
+    ReconstructionConfig,
     RewardConfig,
     RunConfig,
+    VAPIConfig,
     VARRLConfig,
     WordsConfig,
 )
@@ -35,9 +41,14 @@ from varl.models.next_scale import NextScale
 from varl.policies.next_scale import NextScalePolicy
 from varl.rewards.judge import RewardJudge
 from varl.rewards.ocr_reward import OCRReward
+from varl.rewards.perceptual import VGG16, Heads, Maps
+from varl.rewards.reconstruction import ReconstructionReward
 from varl.rewards.toy import load_callable
 from varl.tokenizers.multiscale_vq import MultiScaleVQ
-from varl.types import Algorithm, BranchingPolicy, Policy, Prompt, RewardFn
+from varl.types import Algorithm, BranchingPolicy, Policy, Prompt, RewardFn, TeacherForcedPolicy
+
+PicturesOf = Callable[[Sequence[Prompt]], Tensor]
+"""The real pictures of prompts, [P, 3, H, W] in [0, 1]."""
 
 PROMPTS = 20000
 """Distinct prompts drawn for training on words; a run that needs more goes round again in another order."""
@@ -74,7 +85,8 @@ def new_model(config: NextScaleConfig) -> tuple[NextScale, MultiScaleVQ]:
     return NextScale(config), MultiScaleVQ(config.tokenizer, config.grids)
 
 
-def build_algorithm(config: AlgorithmConfig, policy: Policy) -> Algorithm:
+def build_algorithm(config: AlgorithmConfig, policy: Policy, pictures: PicturesOf | None = None) -> Algorithm:
+    """`pictures` gives the real pictures of prompts, where the data has any."""
     match config:
         case VARRLConfig() if not isinstance(policy, BranchingPolicy):
             raise ConfigError(
@@ -82,6 +94,10 @@ def build_algorithm(config: AlgorithmConfig, policy: Policy) -> Algorithm:
             )
         case VARRLConfig():
             return VARRL(config)
+        case VAPIConfig() if not isinstance(policy, TeacherForcedPolicy):
+            raise ConfigError(f"va_pi reads real pictures; {type(policy).__name__} cannot. Use a raster model or GRPOConfig().")
+        case VAPIConfig():
+            return VAPI(config, demand_pictures("va_pi", pictures))
         case GRPOConfig():
             return GRPO(config)
     assert_never(config)
@@ -89,18 +105,38 @@ def build_algorithm(config: AlgorithmConfig, policy: Policy) -> Algorithm:
 
 def needs_reference(config: AlgorithmConfig) -> bool:
     """Whether a frozen copy of the initial model takes part: in a KL term, or as the fixed old policy of the importance-corrected value."""
-    if isinstance(config, VARRLConfig):
-        return config.grpo.beta > 0 or config.middle_return == "importance"
-    return config.beta > 0
+    return config.grpo.beta > 0 or (isinstance(config, VARRLConfig) and config.middle_return == "importance")
 
 
-def build_reward(config: RewardConfig) -> RewardFn:
+def build_reward(config: RewardConfig, pictures: PicturesOf | None = None) -> RewardFn:
+    """`pictures` gives the real pictures of prompts, where the data has any."""
     match config:
         case OCRConfig():
             return OCRReward(config)
         case PythonRewardConfig():
             return load_callable(config.target)
+        case ReconstructionConfig():
+            return build_reconstruction(config, demand_pictures("reconstruction", pictures))
     assert_never(config)
+
+
+def demand_pictures(who: str, pictures: PicturesOf | None) -> PicturesOf:
+    """`pictures`, if the data has any."""
+    if pictures is None:
+        raise ConfigError(f"{who} compares with real pictures, and this data has none. Set data to pictures.")
+    return pictures
+
+
+def build_reconstruction(config: ReconstructionConfig, pictures: PicturesOf) -> ReconstructionReward:
+    """With LPIPS from released files, with a user's feature maps, or with neither."""
+    if config.vgg is not None and config.heads is not None:
+        vgg, heads = VGG16().eval(), Heads()
+        weights = read_weights(Path(config.vgg)).items()
+        strict_load(vgg, {name: tensor for name, tensor in weights if not name.startswith("classifier.")}, config.vgg)
+        strict_load(heads, read_weights(Path(config.heads)), config.heads)
+        return ReconstructionReward(config, pictures, vgg, heads)
+    features = None if config.features is None else cast(Callable[[Tensor], Maps], load_callable(config.features))
+    return ReconstructionReward(config, pictures, features)
 
 
 def build_judge(config: RunConfig) -> RewardJudge:

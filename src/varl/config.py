@@ -254,6 +254,11 @@ class GRPOConfig:
         if self.panw_alpha < 0:
             raise ConfigError(f"grpo.panw_alpha={self.panw_alpha}: must be 0 (plain) or more; 0.6 to 0.8 is the robust range.")
 
+    @property
+    def grpo(self) -> "GRPOConfig":
+        """Itself: what the config of every algorithm holds."""
+        return self
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MiddleStep:
@@ -304,7 +309,37 @@ class VARRLConfig:
             raise ConfigError(f"var_rl: a cycle of {self.prefix_updates} prefix and {self.suffix_updates} suffix updates trains nothing.")
 
 
-AlgorithmConfig = GRPOConfig | VARRLConfig
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VAPIConfig:
+    """VA-pi (arXiv 2512.19680): GRPO on tokens drawn from the context of a real picture, paid by how well they rebuild it. A step learns
+    from G + 1 rows for each picture, so `train.rollouts_per_backward` should be a multiple of that: a picture that is cut apart costs one
+    forward pass more, and has the same gradient."""
+
+    grpo: GRPOConfig = GRPOConfig(num_generations=8)
+    """`beta` above 0 is the prior as KL to the initial model."""
+    prefix_noise: float = 0.0
+    """The paper's xi: each token of the context is replaced with this probability, by any other with equal odds (Eq. 28). The release draws
+    from all K, the true one included: its xi is ours times 1 - 1/K."""
+    prior_weight: float = 0.1
+    """The paper's beta: weight of the cross-entropy of the picture's own tokens in that context, in nats per token."""
+    drop_condition: float = 0.1
+    """Share of pictures whose draws see no class or caption, so that the model keeps what guidance needs. Chosen once for a picture, before
+    its draws; the release chooses anew for each draw while it learns, and so scores another law than it drew from."""
+    shuffle_rewards: bool = False
+    """A control: the rewards of a picture's draws are dealt out anew at random. The expected gradient of the reward is then 0."""
+
+    def __post_init__(self) -> None:
+        _demand("va_pi.prefix_noise", self.prefix_noise, 0 <= self.prefix_noise <= 1, "a share of the context's tokens, 0 to 1")
+        _demand("va_pi.prior_weight", self.prior_weight, self.prior_weight >= 0, "0 (none) or more")
+        _demand("va_pi.drop_condition", self.drop_condition, 0 <= self.drop_condition <= 1, "a share of the pictures, 0 to 1")
+        if self.grpo.loss_type != "dapo":
+            raise ConfigError(
+                f"va_pi.grpo.loss_type={self.grpo.loss_type!r}: every draw learns from all of its tokens, so all types are one mean over "
+                "tokens, and the prior is weighed against it. Leave it at dapo."
+            )
+
+
+AlgorithmConfig = GRPOConfig | VARRLConfig | VAPIConfig
 
 # ---- data, rewards, training ---------------------------------------------------------------------------------------------------------
 
@@ -444,7 +479,35 @@ class PythonRewardConfig:
     """module:function, or path.py:function."""
 
 
-RewardConfig = OCRConfig | PythonRewardConfig
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReconstructionConfig:
+    """How near the picture is to the prompt's reference picture: -(MSE + lpips_weight * perceptual distance), VA-pi (arXiv 2512.19680)
+    Eq. 10. The perceptual distance is LPIPS with `vgg` and `heads`, or a plain one with `features`."""
+
+    lpips_weight: float = 1.0
+    """The paper's lambda_p, of which it names no value; 1 is the released scripts'. 0 is MSE alone, and needs no network."""
+    vgg: str | None = None
+    """File of torchvision's VGG16 weights."""
+    heads: str | None = None
+    """File of LPIPS's linear heads for VGG16, version 0.1."""
+    features: str | None = None
+    """module:function, or path.py:function, of pictures [B, 3, H, W] in [0, 1]: their feature maps, a list of [B, C, h, w]."""
+    batch: int = 16
+    """Pictures at once through the network. Changes memory, not results."""
+    keep: int = 64
+    """Reference pictures kept with their feature maps, the latest."""
+
+    def __post_init__(self) -> None:
+        _demand("reconstruction.lpips_weight", self.lpips_weight, self.lpips_weight >= 0, "0 (none) or more")
+        _demand("reconstruction.batch", self.batch, self.batch >= 1, "1 or more")
+        _demand("reconstruction.keep", self.keep, self.keep >= 1, "1 or more")
+        if (self.vgg is None) != (self.heads is None):
+            raise ConfigError("reconstruction: LPIPS is VGG16 and its linear heads. Set both vgg and heads, or neither.")
+        if self.vgg is not None and self.features is not None:
+            raise ConfigError("reconstruction: two perceptual distances. Set vgg and heads (LPIPS), or features.")
+
+
+RewardConfig = OCRConfig | PythonRewardConfig | ReconstructionConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -547,11 +610,18 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        grpo = self.algorithm.grpo if isinstance(self.algorithm, VARRLConfig) else self.algorithm
-        if grpo.beta > 0 and (self.score_law.top_k or self.score_law.top_p < 1):
+        if not self.score_law.top_k and self.score_law.top_p == 1:
+            return
+        filtered = f"score_law.top_k={self.score_law.top_k}, top_p={self.score_law.top_p}"
+        if self.algorithm.grpo.beta > 0:
             raise ConfigError(
-                f"score_law.top_k={self.score_law.top_k}, top_p={self.score_law.top_p} with grpo.beta={grpo.beta}: the KL to a reference "
-                "that has cut a token away is infinite. Score without a filter, or set beta=0."
+                f"{filtered} with grpo.beta={self.algorithm.grpo.beta}: the KL to a reference that has cut a token away is infinite. "
+                "Score without a filter, or set beta=0."
+            )
+        if isinstance(self.algorithm, VAPIConfig) and self.algorithm.prior_weight > 0:
+            raise ConfigError(
+                f"{filtered} with va_pi.prior_weight={self.algorithm.prior_weight}: the cross-entropy of a token that was cut away is "
+                "infinite. Score without a filter, or set prior_weight=0."
             )
 
 

@@ -484,7 +484,7 @@ def probe(config: RunConfig, out: Path, *, minutes: float = 3.0, tick: Tick = la
         content = measure(Probe(policy, judge, prompts, seed=config.seed, rows=config.train.rollouts_per_backward), 60 * minutes, tick)
     finally:
         judge.close()
-    grpo = config.algorithm.grpo if isinstance(config.algorithm, VARRLConfig) else config.algorithm
+    grpo = config.algorithm.grpo
     if grpo.region_credit or grpo.mask != "none":
         content["recommendations"].append(
             "All of this with one advantage for each picture: the region_credit and mask that the config asks for are not measured."
@@ -516,7 +516,7 @@ def contradictions(config: RunConfig, probe: Mapping[str, Any]) -> list[str]:
     if probe.get("model") != model_identity(model_path(config.model)):
         return []
     two_stage = config.algorithm
-    grpo = two_stage.grpo if isinstance(two_stage, VARRLConfig) else two_stage
+    grpo = two_stage.grpo
     recommend, said = probe["recommend"], []
     if recommend["panw_alpha"] is not None:
         said += outside("panw_alpha", grpo.panw_alpha, recommend["panw_alpha_range"])

@@ -9,7 +9,17 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from varl.config import FolderConfig, GRPOConfig, OCRConfig, PythonRewardConfig, RunConfig, VARRLConfig, WordsConfig
+from varl.config import (
+    FolderConfig,
+    GRPOConfig,
+    OCRConfig,
+    PythonRewardConfig,
+    ReconstructionConfig,
+    RunConfig,
+    VAPIConfig,
+    VARRLConfig,
+    WordsConfig,
+)
 from varl.errors import ConfigError
 
 KINDS: dict[type, str] = {
@@ -19,6 +29,8 @@ KINDS: dict[type, str] = {
     FolderConfig: "folder",
     OCRConfig: "ocr",
     PythonRewardConfig: "python",
+    VAPIConfig: "va_pi",
+    ReconstructionConfig: "reconstruction",
 }
 """What `kind:` says in YAML where a setting may be of several classes."""
 

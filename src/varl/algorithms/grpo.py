@@ -294,14 +294,21 @@ class GRPO:
                 yield rollout, rollout
 
         for pieces in batched(judged(policy, judge, draw()), self.config):
-            judgements = [judgement for _, judgement in pieces]
-            reaches = [local_reach(self.config, policy.layout, judgement) for judgement in judgements]
-            advantages = token_advantages(policy.layout, judgements, reaches, partial(against_group, self.config))
-            for (rollout, judgement), advantage in zip(pieces, advantages, strict=True):
-                mask = reward_mask(self.config, policy.layout, judgement)
-                yield train_batch(self.config, policy.layout, rollout, judgement, advantage, mask)
+            yield from self.credit(policy.layout, pieces)
+
+    def credit(self, layout: Layout, pieces: Sequence[tuple[Rollout, Judgement]]) -> Iterator[TrainBatch]:
+        """What to learn from pieces of whole groups whose advantages are known together."""
+        judgements = [judgement for _, judgement in pieces]
+        reaches = [local_reach(self.config, layout, judgement) for judgement in judgements]
+        advantages = token_advantages(layout, judgements, reaches, partial(against_group, self.config))
+        for (rollout, judgement), advantage in zip(pieces, advantages, strict=True):
+            yield train_batch(self.config, layout, rollout, judgement, advantage, reward_mask(self.config, layout, judgement))
 
     def objective(self, policy: Policy, batch: TrainBatch) -> tuple[Float[Tensor, ""], dict[str, float]]:
+        """`scored`, by the policy as it is now."""
+        return self.scored(policy.score(batch.rollout), batch)
+
+    def scored(self, score: Score, batch: TrainBatch) -> tuple[Float[Tensor, ""], dict[str, float]]:
         """sum over tokens of weight * min(r A, clip(r) A) - beta * kl_weight * KL, with r against the log-probs of the rollout.
 
         Metrics, over active tokens: `entropy` (nats; and `entropy/step_i`), `kl` (nats, analytic, to the reference if there is one),
@@ -310,7 +317,6 @@ class GRPO:
         where the law that was drawn from is another one than the law that is scored, `sampling/law_difference/mean` and `max` (nats)."""
         config, rollout = self.config, batch.rollout
         low, high = config.epsilon, config.epsilon if config.epsilon_high is None else config.epsilon_high
-        score = policy.score(rollout)
         active, learning = batch.kl_weight > 0, batch.weight > 0
         ratio = log_ratio(score.logp, rollout.logp, rollout.step, learning, config.importance_sampling_level)
         objective = (batch.weight * clipped_surrogate(ratio, batch.advantage, low, high)).sum()
@@ -320,21 +326,21 @@ class GRPO:
         with torch.no_grad():
             below = (ratio.exp() < 1 - low) & (batch.advantage < 0)
             above = (ratio.exp() > 1 + high) & (batch.advantage > 0)
-            drift = (score.logp - rollout.logp).abs()[rollout.sampled]
+            drift = (score.logp - rollout.logp).abs().masked_fill(~rollout.sampled, 0.0)
             metrics = {
                 "entropy": _mean(score.entropy, active),
                 **by_step("entropy", score.entropy, active, rollout.step),
                 "clip_ratio/low_mean": _mean(below.float(), learning),
                 "clip_ratio/high_mean": _mean(above.float(), learning),
                 "clip_ratio/region_mean": _mean((below | above).float(), learning),
-                "sampling/sampling_logp_difference/mean": drift.mean().item(),
+                "sampling/sampling_logp_difference/mean": _mean(drift, rollout.sampled),
                 "sampling/sampling_logp_difference/max": drift.max().item(),
             }
             if score.kl is not None:
                 metrics["kl"] = _mean(score.kl, active)
             if rollout.sample_logp is not None:
-                gap = (rollout.logp - rollout.sample_logp).abs()[rollout.sampled]
-                metrics |= {"sampling/law_difference/mean": gap.mean().item(), "sampling/law_difference/max": gap.max().item()}
+                gap = (rollout.logp - rollout.sample_logp).abs().masked_fill(~rollout.sampled, 0.0)
+                metrics |= {"sampling/law_difference/mean": _mean(gap, rollout.sampled), "sampling/law_difference/max": gap.max().item()}
         return objective, metrics
 
 

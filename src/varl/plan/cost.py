@@ -151,7 +151,7 @@ class Update:
 def run_updates(config: RunConfig, model: NextScale, tokenizer: MultiScaleVQ, m: int | None) -> tuple[Update, ...]:
     """How often each kind of update is made, and what one costs."""
     prompts, algorithm, steps = config.train.prompts_per_step, config.algorithm, config.train.steps
-    grpo = algorithm.grpo if isinstance(algorithm, VARRLConfig) else algorithm
+    grpo = algorithm.grpo
     pictures, whole, tokens = prompts * grpo.num_generations, transformer_cost(model, len(model.ends)).flops, model.ends[-1]
     start, start_tokens = (0.0, 0) if m is None else (transformer_cost(model, m).flops, model.ends[m - 1])
     branches = 2 if config.sample_law.guided or config.score_law.guided else 1
@@ -191,7 +191,7 @@ def run_updates(config: RunConfig, model: NextScale, tokenizer: MultiScaleVQ, m:
 def run_memory(config: RunConfig, model: NextScale, tokenizer: MultiScaleVQ, m: int | None) -> dict[str, int]:
     """Bytes by part, at the moment when most is held."""
     algorithm, c, size = config.algorithm, model.config, 2 if config.train.dtype == "bfloat16" else 4
-    grpo = algorithm.grpo if isinstance(algorithm, VARRLConfig) else algorithm
+    grpo = algorithm.grpo
     group = grpo.num_generations * (algorithm.num_continuations if isinstance(algorithm, VARRLConfig) else 1)
     chunk = min(max(1, grpo.rollouts_per_chunk // group), config.train.prompts_per_step) * group
     guided = 2 if config.sample_law.guided or config.score_law.guided else 1

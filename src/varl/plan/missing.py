@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from varl.build import model_path
@@ -12,6 +13,7 @@ from varl.config import (
     NextScaleConfig,
     OCRConfig,
     PythonRewardConfig,
+    ReconstructionConfig,
     RewardConfig,
     RunConfig,
     VARRLConfig,
@@ -21,7 +23,7 @@ from varl.data.folder import read_folder
 from varl.data.fonts import load_font
 from varl.data.words import PALETTES, split, word_list
 from varl.data.words import prompts as word_prompts
-from varl.errors import CheckpointError, VarlError
+from varl.errors import CheckpointError, ConfigError, VarlError
 from varl.plan.cost import Update
 from varl.policies.next_scale import model_ids
 from varl.rewards.ocr import choose_engine, open_engine
@@ -122,12 +124,19 @@ def judge_of(name: str, config: RewardConfig) -> str:
         case PythonRewardConfig():
             load_callable(config.target)
             return f"{name}: {config.target}"
+        case ReconstructionConfig():
+            for file in (config.vgg, config.heads):
+                if file is not None and not Path(file).is_file():
+                    raise ConfigError(f"rewards.{name}: there is no file {file}. Put the released weights there.")
+            if config.features is not None:
+                load_callable(config.features)
+            return f"{name}: reconstruction, MSE{'' if config.lpips_weight == 0 else ' and ' + (config.features or 'LPIPS')}"
 
 
 def doubts(config: RunConfig, updates: Sequence[Update]) -> list[str]:
     """Settings that work, and probably were not meant."""
     train, algorithm = config.train, config.algorithm
-    grpo = algorithm.grpo if isinstance(algorithm, VARRLConfig) else algorithm
+    grpo = algorithm.grpo
     group = grpo.num_generations * (algorithm.num_continuations if isinstance(algorithm, VARRLConfig) else 1)
     most = max(update.judged for update in updates)
     found = []

@@ -35,6 +35,7 @@ METRICS = {
     "kl": "mean over scored tokens of the analytic KL(policy || reference), nats per token",
     "entropy": "mean entropy of the scored law, nats per token",
     "entropy/step_*": "the same over the tokens of one step (0 is the coarsest scale), nats per token",
+    "prior/nll": "cross-entropy of the pictures' own tokens in the context that the draws shared, nats per token",
     "clip_ratio/*": "share of learning tokens whose gradient the clip stopped: low_mean below, high_mean above, region_mean either",
     "grad_norm": "L2 norm of the gradient before clipping",
     "grad_norm/*": "L2 norm of one part's gradient before clipping",

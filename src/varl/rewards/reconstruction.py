@@ -1,0 +1,102 @@
+"""How near is the picture to a real one?"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from varl.config import ReconstructionConfig
+from varl.errors import ConfigError, DataError, RewardError
+from varl.rewards.perceptual import Maps, feature_distance
+from varl.types import Judgement, Prompt
+
+log = logging.getLogger(__name__)
+
+
+def mean_squared_error(images: Float[Tensor, "B 3 H W"], references: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
+    """Of pictures in [0, 1], in the units of pixels in [-1, 1] as VA-pi's release has it: 4 times their mean squared difference."""
+    return 4 * (images - references).square().mean((1, 2, 3))
+
+
+class Reference(NamedTuple):
+    """A real picture, and its feature maps, each without batch."""
+
+    picture: Float[Tensor, "3 H W"]
+    maps: list[Tensor]
+
+
+class ReconstructionReward:
+    """A RewardFn: -(MSE + lpips_weight * perceptual distance) to the prompt's own picture, VA-pi (arXiv 2512.19680) Eq. 10. The reference
+    is the real picture, not what the tokenizer makes of it. NaN where it cannot be read. Parts: `mse` (pixels in [-1, 1]) and `perceptual`.
+
+    `pictures` gives the real pictures of prompts, in [0, 1]; `features` the feature maps of pictures, `distance` what lies between them.
+    Each row has its own value, however many are judged together; the G draws of a picture share its feature maps. Pictures reach a reward
+    cut to [0, 1]; the release compares them as they leave the decoder."""
+
+    def __init__(
+        self,
+        config: ReconstructionConfig,
+        pictures: Callable[[Sequence[Prompt]], Float[Tensor, "B 3 H W"]],
+        features: Callable[[Float[Tensor, "B 3 H W"]], Maps] | None = None,
+        distance: Callable[[Maps, Maps], Float[Tensor, " B"]] = feature_distance,
+    ) -> None:
+        if features is None and config.lpips_weight > 0:
+            raise ConfigError(
+                f"reconstruction.lpips_weight={config.lpips_weight}: there is no network to look with. Set vgg and heads (LPIPS), "
+                "or features, or lpips_weight=0, which is MSE alone."
+            )
+        self.config, self.pictures, self.features, self.distance = config, pictures, features, distance
+        self._kept: OrderedDict[str, Reference | None] = OrderedDict()
+
+    @torch.no_grad()
+    def __call__(self, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt]) -> Judgement:
+        features = self.features
+        for part in (features, self.distance):
+            if isinstance(part, nn.Module):
+                part.to(images.device)
+        names = ("mse",) if features is None else ("mse", "perceptual")
+        parts = {name: torch.full((len(prompts),), torch.nan) for name in names}
+        for start in range(0, len(prompts), self.config.batch):
+            found = {}
+            for row in range(start, min(start + self.config.batch, len(prompts))):
+                if (reference := self._reference(prompts[row], images)) is not None:
+                    found[row] = reference
+            if not found:
+                continue
+            rows, drawn = list(found), images[list(found)].float()
+            parts["mse"][rows] = mean_squared_error(drawn, torch.stack([reference.picture for reference in found.values()])).cpu()
+            if features is not None:
+                maps = [torch.stack(layer) for layer in zip(*(reference.maps for reference in found.values()), strict=True)]
+                parts["perceptual"][rows] = self.distance(features(drawn), maps).float().cpu()
+        value = -parts["mse"]
+        if self.config.lpips_weight > 0:
+            value = value - self.config.lpips_weight * parts["perceptual"]
+        return Judgement(value=value, parts=parts)
+
+    def _reference(self, prompt: Prompt, images: Float[Tensor, "B 3 H W"]) -> Reference | None:
+        """The prompt's picture, from those kept if it is there; None if it cannot be read, which the log says once."""
+        if prompt.image is None:
+            raise RewardError(f"prompt {prompt.text or prompt.label!r}: has no picture to compare with. Give it an `image`.")
+        if prompt.image not in self._kept:
+            self._kept[prompt.image] = self._read(prompt, images)
+            if len(self._kept) > self.config.keep:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(prompt.image)
+        return self._kept[prompt.image]
+
+    def _read(self, prompt: Prompt, images: Float[Tensor, "B 3 H W"]) -> Reference | None:
+        try:
+            picture = self.pictures([prompt]).to(images.device, torch.float32)
+        except (DataError, OSError) as error:
+            log.warning("reference picture %s cannot be read: %s", prompt.image, error)
+            return None
+        if picture.shape[1:] != images.shape[1:]:
+            raise RewardError(
+                f"reference picture {prompt.image}: is {list(picture.shape[2:])} pixels, those drawn are {list(images.shape[2:])}. Set "
+                "data.image_size to the model's."
+            )
+        return Reference(picture[0], [layer[0] for layer in self.features(picture)] if self.features is not None else [])
