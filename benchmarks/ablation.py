@@ -25,7 +25,7 @@ from scipy.stats import t as student
 
 from varl.config import AlgorithmConfig, EvalConfig, GRPOConfig, MiddleStep, OCRConfig, OptimConfig, RunConfig, VARRLConfig, WeightedReward
 from varl.recipes.var_rl import words_cpu
-from varl.settings import to_yaml
+from varl.settings import from_yaml, to_yaml
 
 MANY, FEW = range(5), range(3)
 OPTIM = {
@@ -68,6 +68,7 @@ def until(m: int) -> Arm:
 ARMS: dict[str, Arm] = {
     "GRPO": Arm(algorithm=replace(GROUP, panw_alpha=0.0), prompts=6, seeds=MANY),
     "GRPO, PANW 0.7": Arm(algorithm=replace(GROUP, panw_alpha=0.7), prompts=6, seeds=MANY),
+    "GRPO, letter credit": Arm(algorithm=replace(GROUP, panw_alpha=0.0, region_credit=True), prompts=6, seeds=MANY),
     "GRPO, PANW 0.7, letter credit": Arm(algorithm=replace(GROUP, panw_alpha=0.7, region_credit=True), prompts=6, seeds=MANY),
     CENTRE_NAME: Arm(algorithm=CENTRE, seeds=MANY),
     "K = 1, twice the group": Arm(algorithm=replace(CENTRE, num_continuations=1, grpo=replace(GROUP, num_generations=32)), seeds=MANY),
@@ -140,9 +141,18 @@ def jobs(only: list[str]) -> Iterator[tuple[str, int]]:
     return ((name, seed) for seed in MANY for name, arm in ARMS.items() if seed in arm.seeds and (not only or name in only))
 
 
+def finished(here: Path, seed: int) -> bool:
+    """Whether all of the run's steps are done; one that was stopped has a model too."""
+    file = here / "metrics.jsonl"
+    if not (here / "model").exists() or not file.exists():
+        return False
+    steps = from_yaml(here.with_name(f"{seed}.yaml").read_text()).train.steps
+    return json.loads(file.read_text().splitlines()[-1])["step"] == steps
+
+
 def run(out: Path, name: str, seed: int, images: int, schedule: str) -> None:
     here = folder(out, name, seed)
-    if (here / "model").exists():
+    if finished(here, seed):
         return
     here.mkdir(parents=True, exist_ok=True)
     recipe = here.with_name(f"{seed}.yaml")
@@ -221,7 +231,7 @@ def base_accuracy(out: Path) -> float:
 def report(out: Path, schedule: str) -> None:
     base = base_accuracy(out)
     curves = {
-        name: {seed: curve(folder(out, name, seed), base) for seed in arm.seeds if (folder(out, name, seed) / "model").exists()}
+        name: {seed: curve(folder(out, name, seed), base) for seed in arm.seeds if finished(folder(out, name, seed), seed)}
         for name, arm in ARMS.items()
     }
     curves = {name: runs for name, runs in curves.items() if runs}
