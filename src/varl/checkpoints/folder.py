@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from varl.errors import CheckpointError
 
+Shapes = Mapping[str, Sequence[int]]
+"""Of a file's tensors, by name."""
+
 MANIFEST = "manifest.json"
 _SHOWN = 8
 
@@ -54,18 +57,26 @@ def load_tensors(path: Path | str, name: str) -> dict[str, Tensor]:
 
 def strict_load(module: nn.Module, state_dict: Mapping[str, Tensor], where: str) -> None:
     """Fills `module` with `state_dict`, every name and shape accounted for; `where` says in an error whence the tensors came."""
-    have, want = dict(state_dict), module.state_dict()
+    require_fit(shapes_of(state_dict), shapes_of(module.state_dict()), type(module).__name__, where)
+    module.load_state_dict(dict(state_dict))
+
+
+def shapes_of(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+
+
+def require_fit(have: Shapes, want: Shapes, model: str, where: str) -> None:
+    """CheckpointError, with every difference listed, unless names and shapes are the same."""
     missing = [name for name in want if name not in have]
     unexpected = [name for name in have if name not in want]
-    shapes = [name for name in want if name in have and want[name].shape != have[name].shape]
+    shapes = [name for name in want if name in have and tuple(want[name]) != tuple(have[name])]
     if missing or unexpected or shapes:
-        lines = [f"{where}: the weights do not fit {type(module).__name__}."]
+        lines = [f"{where}: the weights do not fit {model}."]
         lines += _listed("missing", missing, lambda name: _nearest(name, unexpected))
         lines += _listed("unexpected", unexpected, lambda name: _nearest(name, missing))
-        lines += _listed("of another shape", shapes, lambda name: f" {list(have[name].shape)}, the model has {list(want[name].shape)}")
+        lines += _listed("of another shape", shapes, lambda name: f" {list(have[name])}, the model has {list(want[name])}")
         lines.append("Load them with the config that they were saved with, or convert them first.")
         raise CheckpointError("\n".join(lines))
-    module.load_state_dict(have)
 
 
 def _listed(title: str, names: Sequence[str], remark: Callable[[str], str]) -> list[str]:

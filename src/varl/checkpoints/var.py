@@ -2,22 +2,19 @@
 ours; besides weights they hold buffers that the architecture implies, which are verified and left out."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from varl.checkpoints.folder import read_tensors, strict_load
+from varl.checkpoints.folder import Shapes, shapes_of, strict_load
+from varl.checkpoints.released import count, expect, read_weights
 from varl.config import NextScaleConfig, TokenizerConfig
 from varl.errors import CheckpointError
 from varl.models.next_scale import NextScale
 from varl.tokenizers.multiscale_vq import Grid, MultiScaleVQ
-
-Shapes = Mapping[str, Sequence[int]]
 
 SCHEDULES: dict[int, tuple[Grid, ...]] = {
     sum(n * n for n in sides): tuple((n, n) for n in sides)
@@ -33,9 +30,9 @@ def load_var(path_var: Path | str, path_vae: Path | str) -> tuple[NextScale, Mul
     """The transformer in `path_var` with the tokenizer in `path_vae`, in fp32 on the CPU, sizes read off the weights. Files are `.pth`
     (flat, or a training run's, which holds both: give it twice) or `.safetensors`. Every key is accounted for. The share of phi's
     convolution is the one number that no weight tells: 0.5, as released."""
-    var, vae = read_weights(Path(path_var), "var_wo_ddp"), read_weights(Path(path_vae), "vae_local")
-    tokenizer = tokenizer_config(_shapes(vae), str(path_vae))
-    config = transformer_config(_shapes(var), _grids(var, str(path_var)), tokenizer, str(path_var))
+    var, vae = read_weights(Path(path_var), "trainer/var_wo_ddp"), read_weights(Path(path_vae), "trainer/vae_local")
+    tokenizer = tokenizer_config(shapes_of(vae), str(path_vae))
+    config = transformer_config(shapes_of(var), _grids(var, str(path_var)), tokenizer, str(path_var))
     if (tokenizer.vocab, tokenizer.channels) != (len(var["head.weight"]), var["word_embed.weight"].shape[1]):
         raise CheckpointError(
             f"{path_var} was trained with a tokenizer of {len(var['head.weight'])} codes of {var['word_embed.weight'].shape[1]} channels, "
@@ -54,11 +51,11 @@ def load_var(path_var: Path | str, path_vae: Path | str) -> tuple[NextScale, Mul
 def transformer_config(shapes: Shapes, grids: Sequence[Grid], tokenizer: TokenizerConfig, where: str) -> NextScaleConfig:
     """The config that VAR weights of these shapes were made with. Heads are counted in their temperatures; where there are none
     (attn_l2_norm off) they are 64 channels wide, as released."""
-    _expect(shapes, ("head.weight", "word_embed.weight", "class_emb.weight", "blocks.0.ffn.fc1.weight"), "transformer", where)
+    expect(shapes, ("head.weight", "word_embed.weight", "class_emb.weight", "blocks.0.ffn.fc1.weight"), "a VAR transformer", where)
     vocab, width = shapes["head.weight"]
     temperatures = shapes.get("blocks.0.attn.scale_mul_1H11")
     return NextScaleConfig(
-        depth=_count(shapes, r"blocks\.(\d+)\."),
+        depth=count(shapes, r"blocks\.(\d+)\."),
         width=width,
         heads=temperatures[1] if temperatures else width // HEAD_WIDTH,
         grids=tuple(grids),
@@ -72,42 +69,27 @@ def transformer_config(shapes: Shapes, grids: Sequence[Grid], tokenizer: Tokeniz
 
 def tokenizer_config(shapes: Shapes, where: str) -> TokenizerConfig:
     """The config that VAR tokenizer weights of these shapes were made with."""
-    levels = _count(shapes, r"encoder\.down\.(\d+)\.")
+    levels = count(shapes, r"encoder\.down\.(\d+)\.")
     outputs = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(levels)]
-    _expect(shapes, ("encoder.conv_in.weight", "quantize.embedding.weight", *outputs), "tokenizer", where)
+    expect(shapes, ("encoder.conv_in.weight", "quantize.embedding.weight", *outputs), "a VAR tokenizer", where)
     vocab, channels = shapes["quantize.embedding.weight"]
     width = shapes["encoder.conv_in.weight"][0]
-    shared = _count(shapes, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.") or int("quantize.quant_resi.qresi.weight" in shapes)
+    shared = count(shapes, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.") or int("quantize.quant_resi.qresi.weight" in shapes)
     return TokenizerConfig(
         vocab=vocab,
         channels=channels,
         width=width,
         multipliers=tuple(shapes[name][0] // width for name in outputs),
-        blocks=_count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
+        blocks=count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
         shared_phi=shared,
         phi_ratio=0.5 if any(name.startswith("quantize.quant_resi.") for name in shapes) else 0.0,
         attention="encoder.mid.attn_1.qkv.weight" in shapes,
     )
 
 
-def _count(shapes: Shapes, pattern: str) -> int:
-    return len({match[1] for name in shapes if (match := re.match(pattern, name))})
-
-
-def _expect(shapes: Shapes, names: Sequence[str], part: str, where: str) -> None:
-    missing = [name for name in names if name not in shapes]
-    if missing:
-        held = ", ".join(f"`{name}`" for name in [*shapes][:8]) or "nothing"
-        more = f" and {len(shapes) - 8} more" if len(shapes) > 8 else ""
-        raise CheckpointError(
-            f"{where}: these are no weights of a VAR {part}.\n  missing: {', '.join(f'`{name}`' for name in missing)}\n"
-            f"  it holds: {held}{more}\nIs it the right file, and the right one of the two?"
-        )
-
-
 def _grids(state: Mapping[str, Tensor], where: str) -> tuple[Grid, ...]:
     """The square grids whose tokens `lvl_1L` counts."""
-    _expect(_shapes(state), ("lvl_1L", "pos_1LC"), "transformer", where)
+    expect(shapes_of(state), ("lvl_1L", "pos_1LC"), "a VAR transformer", where)
     sizes = torch.bincount(state["lvl_1L"].flatten().long()).tolist()
     if sum(sizes) != state["pos_1LC"].shape[1] or any(math.isqrt(n) ** 2 != n or n == 0 for n in sizes):
         raise CheckpointError(
@@ -152,22 +134,3 @@ def fill_tokenizer(vq: MultiScaleVQ, state: Mapping[str, Tensor], where: str) ->
         found = "is missing" if hits is None else f"has shape {list(hits.shape)}"
         raise CheckpointError(f"{where}: `{HITS}` {found}, where [scales, {vq.config.vocab}] is due. This is no tokenizer file of VAR.")
     strict_load(vq, {name: tensor for name, tensor in state.items() if name != HITS}, where)
-
-
-def read_weights(path: Path, part: str) -> dict[str, Tensor]:
-    """A file's tensors by name; `part` names them where a training run has saved several parts."""
-    if path.suffix == ".safetensors":
-        return read_tensors(path)
-    try:
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{path}: cannot be read as a file of weights ({error}). Is it there, and was it copied whole?") from error
-    if isinstance(loaded, dict) and isinstance(loaded.get("trainer"), dict):
-        loaded = loaded["trainer"].get(part)
-    if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
-        raise CheckpointError(f"{path}: holds no state dict, neither flat nor as trainer/{part}. Give a released file or a training run's.")
-    return loaded
-
-
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -1,6 +1,6 @@
 """A next-scale model behind `BranchingPolicy`: act scale by scale, stop at any scale, fork the cache there, replay in one pass."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,10 +8,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from varl.config import LawConfig, NextScaleConfig
-from varl.errors import ConfigError, DataError
+from varl.errors import ConfigError
 from varl.models.layers import KVCache
 from varl.models.next_scale import Condition, NextScale
-from varl.policies.sampling import analytic_kl, draw, in_row_chunks, token_law, token_scores
+from varl.policies.acting import (
+    Drawn,
+    Logits,
+    class_ids,
+    continued,
+    draw_tokens,
+    join,
+    map_drawn,
+    new_rollout,
+    require_laws,
+    require_text,
+    score_tokens,
+)
 from varl.rng import Stream
 from varl.tokenizers.multiscale_vq import MultiScaleVQ
 from varl.tokenizers.text import encode_text
@@ -21,18 +33,11 @@ from varl.types import Layout, Prompt, Rollout, Score
 def model_ids(prompts: Sequence[Prompt], config: NextScaleConfig) -> Int[Tensor, "B ..."]:
     """Classes or characters of the prompts, what `NextScale.condition` takes. The empty prompt is guidance's "none". Raises DataError for a
     prompt that the model cannot read."""
-    if config.num_classes is None:
-        assert config.text is not None
-        if unread := [p.label for p in prompts if p.label is not None and not p.text]:
-            raise DataError(f"prompt label {unread[0]}: this model reads text and knows no classes. Give the prompt a text.")
-        return encode_text([p.text for p in prompts], [p.style for p in prompts], config.text)
-    none = config.num_classes
-    for prompt in prompts:
-        if prompt.label is None and prompt.text:
-            raise DataError(f"prompt {prompt.text!r}: this model draws classes and reads no text. Give it a label, 0 to {none - 1}.")
-        if prompt.label is not None and not 0 <= prompt.label < none:
-            raise DataError(f"prompt label {prompt.label}: the model knows classes 0 to {none - 1}. Give one of them.")
-    return torch.tensor([none if p.label is None else p.label for p in prompts])
+    if config.num_classes is not None:
+        return class_ids(prompts, config.num_classes)
+    assert config.text is not None
+    require_text(prompts)
+    return encode_text([p.text for p in prompts], [p.style for p in prompts], config.text)
 
 
 @dataclass(slots=True)
@@ -60,15 +65,8 @@ class NextScalePolicy:
         self.layout = Layout(grids=model.config.grids, steps=len(model.config.grids))
         self.reference: NextScale | None = None
         """A frozen model of the same shape; set it to have `Score.kl` and `Score.ref_logp`."""
-        for name, law in (("sample_law", sample_law), ("score_law", score_law)):
-            if len(law.cfg_scale) not in (1, self.layout.steps):
-                raise ConfigError(
-                    f"{name}.cfg_scale has {len(law.cfg_scale)} values, the model {self.layout.steps} scales. Give one, or one per scale."
-                )
-            if law.top_k > model.config.tokenizer.vocab:
-                raise ConfigError(
-                    f"{name}.top_k={law.top_k} is more than the vocabulary of {model.config.tokenizer.vocab}. Set 0 to keep all tokens."
-                )
+        laws = {"sample_law": sample_law, "score_law": score_law}
+        require_laws(laws, self.layout.steps, "scale", model.config.tokenizer.vocab)
 
     @property
     def device(self) -> torch.device:
@@ -112,42 +110,28 @@ class NextScalePolicy:
             f_hat = torch.zeros(batch, model.config.tokenizer.channels, *grid, device=self.device)
             branch = Branch(condition, model.cache(len(condition.pooled), steps), f_hat)
             uniform = rng.at("tokens").uniform(model.ends[steps - 1]).to(self.device)
-            ids, logp, sample_logp = self._act(branch, uniform, 0, steps)
-        return self._record(prompts, rng, ids, logp, sample_logp, branch)
+            drawn = self._act(branch, uniform, 0, steps)
+        return new_rollout(prompts, rng, drawn, model.scale_of_token[: model.ends[steps - 1]], branch)
 
     @torch.no_grad()
     def complete(self, prefix: Rollout, rng: Stream) -> Rollout:
         branch, copies = prefix.state, len(rng) // len(prefix)
         if not isinstance(branch, Branch):
             raise ConfigError("complete: this rollout carries no state to go on from. Use what `prefix` returned, unsliced.")
-        drawn = prefix.actions.shape[1]
-        first, steps = self.module.ends.index(drawn) + 1, self.layout.steps
+        given = prefix.actions.shape[1]
+        first, steps = self.module.ends.index(given) + 1, self.layout.steps
         rows = torch.arange(len(prefix), device=self.device).repeat_interleave(copies)
         both = torch.cat([rows, rows + len(prefix)]) if self._guided else rows
         with self._precision():
             fork = Branch(branch.condition.rows(both), branch.cache.fork(both, self.module.ends[-1]), branch.f_hat[rows])
-            uniform = rng.at("tokens").uniform(self.module.ends[-1] - drawn).to(self.device)
-            ids, logp, sample_logp = self._act(fork, uniform, first, steps)
+            uniform = rng.at("tokens").uniform(self.module.ends[-1] - given).to(self.device)
+            drawn = self._act(fork, uniform, first, steps)
+        return continued(prefix, rows, rng, drawn, self.module.scale_of_token)
 
-        def join(old: Tensor | None, new: Tensor | None) -> Tensor | None:
-            return None if old is None or new is None else torch.cat([old[rows], new], 1)
-
-        whole = self._record(
-            [prefix.prompts[i] for i in rows.tolist()],
-            rng,
-            torch.cat([prefix.actions[rows], ids], 1),
-            torch.cat([prefix.logp[rows], logp], 1),
-            join(prefix.sample_logp, sample_logp),
-            None,
-        )
-        whole.sampled[:, :drawn] = False
-        return whole
-
-    def _act(self, branch: Branch, uniform: Float[Tensor, "B l"], first: int, last: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Draw scales first .. last-1; ids, log-probs under the score law, and under the sample law where that is another."""
+    def _act(self, branch: Branch, uniform: Float[Tensor, "B l"], first: int, last: int) -> Drawn:
+        """Draw scales first .. last-1."""
         model, quantize = self.module, self.tokenizer.quantize
-        batch, same = len(branch.f_hat), self.sample_law == self.score_law
-        ids, logps, sample_logps, used = [], [], [], 0
+        batch, parts, used = len(branch.f_hat), [], 0
         for scale in range(first, last):
             inputs = quantize.next_input(branch.f_hat, scale) if scale else None
             if inputs is not None and self._guided:
@@ -155,64 +139,27 @@ class NextScalePolicy:
             hidden = model.step(branch.condition, inputs, scale, branch.cache)
             logits = model.logits(hidden, branch.condition)
             cond, uncond = (logits[:batch], logits[batch:]) if self._guided else (logits, None)
-            law = self._law(cond, uncond, self.sample_law, scale)
-            drawn = draw(law, uniform[:, used : used + law.shape[1]])
-            used += law.shape[1]
-            sampled = law.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
-            ids.append(drawn)
-            sample_logps.append(sampled)
-            if same:
-                logps.append(sampled)
-            else:
-                logps.append(self._law(cond, uncond, self.score_law, scale).gather(-1, drawn.unsqueeze(-1)).squeeze(-1))
+            dice = uniform[:, used : used + logits.shape[1], None]
+            drawn = draw_tokens(cond, uncond, dice, self.sample_law, self.score_law, scale)
+            parts.append(map_drawn(lambda tensor: tensor.squeeze(-1), drawn))
+            used += logits.shape[1]
             with torch.autocast(self.device.type, enabled=False):  # in fp32, as in `score`: rounding would add up over the scales
-                branch.f_hat = branch.f_hat + quantize.contribution(quantize.embedding(drawn), scale)
-        return torch.cat(ids, 1), torch.cat(logps, 1), None if same else torch.cat(sample_logps, 1)
-
-    def _law(self, cond: Tensor, uncond: Tensor | None, law: LawConfig, scale: int) -> Tensor:
-        return token_law(cond, uncond if law.guided else None, law, law.guidance(scale))
-
-    def _record(
-        self, prompts: Sequence[Prompt], rng: Stream, ids: Tensor, logp: Tensor, sample_logp: Tensor | None, state: Branch | None
-    ) -> Rollout:
-        step = self.module.scale_of_token[: ids.shape[1]].expand(len(ids), -1)
-        return Rollout(
-            prompts=tuple(prompts),
-            actions=ids,
-            logp=logp,
-            step=step,
-            sampled=torch.ones_like(ids, dtype=torch.bool),
-            index=torch.tensor(rng.rows),
-            sample_logp=sample_logp,
-            state=state,
-        )
+                branch.f_hat = branch.f_hat + quantize.contribution(quantize.embedding(parts[-1][0]), scale)
+        return join(parts)
 
     # -- scoring -----------------------------------------------------------------------------------------------------------------------
 
     def score(self, rollout: Rollout) -> Score:
         """One teacher-forced pass over the scales that the rollout holds; log-softmax in fp32, a bounded slice of logits at a time."""
-        ids, law, batch = rollout.actions, self.score_law, len(rollout)
         with torch.no_grad():
-            inputs = self.tokenizer.inputs(ids)
-        guidance = torch.tensor([law.guidance(s) for s in range(self.layout.steps)], device=ids.device)[rollout.step[0]].unsqueeze(-1)
+            inputs = self.tokenizer.inputs(rollout.actions)
         logits_of = self._logits_of(self.module, rollout.prompts, inputs)
         with torch.no_grad():
             ref_logits_of = self._logits_of(self.reference, rollout.prompts, inputs) if self.reference is not None else None
+        vocab, of = self.module.config.tokenizer.vocab, range(len(rollout))
+        return score_tokens(rollout.actions, of, logits_of, ref_logits_of, self.score_law, rollout.step[0], vocab)
 
-        def score_rows(rows: slice) -> tuple[Tensor, ...]:
-            logp = token_law(*logits_of(rows), law, guidance)
-            chosen, entropy = token_scores(logp, ids[rows])
-            if ref_logits_of is None:
-                return chosen, entropy
-            with torch.no_grad():
-                ref_logp = token_law(*ref_logits_of(rows), law, guidance)
-            return chosen, entropy, ref_logp.gather(-1, ids[rows].unsqueeze(-1)).squeeze(-1), analytic_kl(logp, ref_logp)
-
-        logp, entropy, *reference = in_row_chunks(score_rows, batch, ids.shape[1] * self.module.config.tokenizer.vocab)
-        ref_logp, kl = reference or (None, None)
-        return Score(logp=logp, entropy=entropy, ref_logp=ref_logp, kl=kl)
-
-    def _logits_of(self, model: NextScale, prompts: Sequence[Prompt], inputs: Tensor) -> Callable[[slice], tuple[Tensor, Tensor | None]]:
+    def _logits_of(self, model: NextScale, prompts: Sequence[Prompt], inputs: Tensor) -> Logits:
         """Hidden states now; conditional and unconditional logits of any slice of rows later."""
         guided, batch = self.score_law.guided, len(prompts)
         with self._precision():

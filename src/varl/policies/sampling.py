@@ -48,23 +48,31 @@ def token_law(
 def draw(logp: Float[Tensor, "*B V"], uniform: Float[Tensor, "*B"]) -> Int[Tensor, "*B"]:
     """Inverse-CDF sampling: the token in whose stretch of [0, 1) the uniform falls. One uniform per token is the whole randomness of a
     picture, the same on every device; a token of probability 0 is never drawn."""
+    return draw_several(logp, uniform.unsqueeze(-1)).squeeze(-1)
+
+
+def draw_several(logp: Float[Tensor, "*B V"], uniform: Float[Tensor, "*B G"]) -> Int[Tensor, "*B G"]:
+    """`draw`, G times from each law."""
     p = logp.exp()
     cdf = p.cumsum(-1)
     if cdf.is_cuda:  # summed in parallel it may rise, or fall, by a rounding error where p is 0
         cdf = torch.where(p > 0, cdf, 0.0).cummax(-1).values
     # scaled by the rounded total, and kept below it, so that rounding never falls off the end
     total = cdf[..., -1:]
-    target = torch.minimum(uniform.unsqueeze(-1) * total, total.nextafter(torch.zeros_like(total)))
+    target = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))
     # a law of NaN draws the last token: the loop names it, where an index outside the vocabulary would crash first
-    return torch.searchsorted(cdf, target, right=True).squeeze(-1).clamp(max=logp.shape[-1] - 1)
+    return torch.searchsorted(cdf, target, right=True).clamp(max=logp.shape[-1] - 1)
 
 
 def token_scores(logp: Float[Tensor, "*B V"], ids: Int[Tensor, "*B"]) -> tuple[Float[Tensor, "*B"], Float[Tensor, "*B"]]:
     """Log-probability of what was drawn, and the entropy of its law (no gradient)."""
-    chosen = logp.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    with torch.no_grad():
-        entropy = -torch.special.xlogy(logp.exp(), logp.exp()).sum(-1)
-    return chosen, entropy
+    return logp.gather(-1, ids.unsqueeze(-1)).squeeze(-1), entropy(logp)
+
+
+@torch.no_grad()
+def entropy(logp: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
+    """Nats; no gradient."""
+    return -torch.special.xlogy(logp.exp(), logp.exp()).sum(-1)
 
 
 def analytic_kl(logp: Float[Tensor, "*B V"], ref_logp: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:

@@ -1,0 +1,151 @@
+"""What the policies of token models share: prompts of classes, laws that fit, what was drawn as a record, what is replayed as a score."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from varl.config import LawConfig
+from varl.errors import ConfigError, DataError
+from varl.policies.sampling import analytic_kl, draw_several, entropy, in_row_chunks, token_law
+from varl.rng import Stream
+from varl.types import Prompt, Rollout, Score
+
+Logits = Callable[[slice], tuple[Tensor, Tensor | None]]
+"""Conditional and, where guided, unconditional logits [b, l, V] of a slice of rows."""
+Drawn = tuple[Tensor, Tensor, Tensor | None]
+"""Ids, log-probabilities under the score law, and under the sample law where that is another."""
+
+
+def class_ids(prompts: Sequence[Prompt], none: int) -> Int[Tensor, " B"]:
+    """Classes of the prompts; `none`, the number of classes, for the empty prompt. Raises DataError for any other prompt."""
+    for prompt in prompts:
+        if prompt.label is None and prompt.text:
+            raise DataError(f"prompt {prompt.text!r}: this model draws classes and reads no text. Give it a label, 0 to {none - 1}.")
+        if prompt.label is not None and not 0 <= prompt.label < none:
+            raise DataError(f"prompt label {prompt.label}: the model knows classes 0 to {none - 1}. Give one of them.")
+    return torch.tensor([none if p.label is None else p.label for p in prompts])
+
+
+def require_text(prompts: Sequence[Prompt]) -> None:
+    """DataError for a prompt that has a class only."""
+    if unread := [p.label for p in prompts if p.label is not None and not p.text]:
+        raise DataError(f"prompt label {unread[0]}: this model reads text and knows no classes. Give the prompt a text.")
+
+
+def require_laws(laws: Mapping[str, LawConfig], steps: int, step: str, vocab: int) -> None:
+    """ConfigError for a law that does not fit a model of `steps` steps (each called a `step`) and `vocab` tokens."""
+    for name, law in laws.items():
+        if len(law.cfg_scale) not in (1, steps):
+            raise ConfigError(f"{name}.cfg_scale has {len(law.cfg_scale)} values, the model {steps} {step}s. Give one, or one per {step}.")
+        if law.top_k > vocab:
+            raise ConfigError(f"{name}.top_k={law.top_k} is more than the vocabulary of {vocab}. Set 0 to keep all tokens.")
+
+
+# ---- acting ---------------------------------------------------------------------------------------------------------------------------
+
+
+def guidance_of(law: LawConfig, step: Int[Tensor, " n"]) -> Float[Tensor, "n 1"]:
+    """`cfg_scale` of each token's step, ready to broadcast over the vocabulary."""
+    return torch.tensor([law.guidance(s) for s in step.tolist()], device=step.device).unsqueeze(-1)
+
+
+def draw_tokens(
+    cond: Float[Tensor, "B n V"],
+    uncond: Float[Tensor, "B n V"] | None,
+    uniform: Float[Tensor, "B n G"],
+    sample_law: LawConfig,
+    score_law: LawConfig,
+    step: int | Int[Tensor, " n"],
+) -> Drawn:
+    """G tokens from each law, all [B, n, G]; `step` is that of all n tokens, or each one's own."""
+
+    def law_of(law: LawConfig) -> Tensor:
+        guidance = law.guidance(step) if isinstance(step, int) else guidance_of(law, step)
+        return token_law(cond, uncond if law.guided else None, law, guidance)
+
+    law = law_of(sample_law)
+    ids = draw_several(law, uniform)
+    sampled = law.gather(-1, ids)
+    return (ids, sampled, None) if sample_law == score_law else (ids, law_of(score_law).gather(-1, ids), sampled)
+
+
+def map_drawn(fn: Callable[[Tensor], Tensor], drawn: Drawn) -> Drawn:
+    ids, logp, sampled = drawn
+    return fn(ids), fn(logp), None if sampled is None else fn(sampled)
+
+
+def join(parts: Sequence[Drawn]) -> Drawn:
+    """One after the other, along the tokens."""
+    ids, logp, sampled = zip(*parts, strict=True)
+    return torch.cat(ids, 1), torch.cat(logp, 1), None if sampled[0] is None else torch.cat(sampled, 1)
+
+
+def new_rollout(
+    prompts: Sequence[Prompt], rng: Stream, drawn: Drawn, step: Int[Tensor, " l"], state: Any = None, context: Tensor | None = None
+) -> Rollout:
+    """What was drawn, as a rollout of which all was sampled."""
+    ids, logp, sample_logp = drawn
+    return Rollout(
+        prompts=tuple(prompts),
+        actions=ids,
+        logp=logp,
+        step=step.expand(len(ids), -1),
+        sampled=torch.ones_like(ids, dtype=torch.bool),
+        index=torch.tensor(rng.rows),
+        sample_logp=sample_logp,
+        context=context,
+        state=state,
+    )
+
+
+def continued(prefix: Rollout, rows: Int[Tensor, " b"], rng: Stream, drawn: Drawn, step: Int[Tensor, " l"]) -> Rollout:
+    """The given rows of `prefix`, and what was drawn after them; the prefix's tokens are not `sampled`."""
+    before = map_drawn(lambda tensor: tensor[rows], (prefix.actions, prefix.logp, prefix.sample_logp))
+    whole = new_rollout([prefix.prompts[i] for i in rows.tolist()], rng, join([before, drawn]), step)
+    whole.sampled[:, : prefix.actions.shape[1]] = False
+    return whole
+
+
+# ---- scoring --------------------------------------------------------------------------------------------------------------------------
+
+
+def score_tokens(
+    ids: Int[Tensor, "B l"],
+    of: Sequence[int],
+    logits_of: Logits,
+    ref_logits_of: Logits | None,
+    law: LawConfig,
+    step: Int[Tensor, " l"],
+    vocab: int,
+) -> Score:
+    """Score of `ids`, of which row b was drawn from the b-th of `of` among the sequences that `logits_of` knows, so that rows of one
+    sequence share its logits: there are never more than a bounded slice of [sequences, l, V], in fp32, and never [B, l, V]."""
+    rows_of: list[list[int]] = [[] for _ in range(max(of) + 1)]
+    for row, sequence in enumerate(of):
+        rows_of[sequence].append(row)
+    guidance = guidance_of(law, step)
+    place = torch.arange(ids.shape[1], device=ids.device)
+
+    def score_sequences(slice_: slice) -> tuple[Tensor, ...]:
+        mine = range(slice_.start, slice_.stop)
+        rows = torch.tensor([row for sequence in mine for row in rows_of[sequence]], device=ids.device)
+        at = torch.tensor([i for i, sequence in enumerate(mine) for _ in rows_of[sequence]], device=ids.device)
+
+        def chosen(logp: Tensor) -> Tensor:
+            return logp[at[:, None], place, ids[rows]]
+
+        logp = token_law(*logits_of(slice_), law, guidance)
+        if ref_logits_of is None:
+            return chosen(logp), entropy(logp)[at]
+        with torch.no_grad():
+            ref_logp = token_law(*ref_logits_of(slice_), law, guidance)
+        return chosen(logp), entropy(logp)[at], chosen(ref_logp), analytic_kl(logp, ref_logp)[at]
+
+    scores = in_row_chunks(score_sequences, len(rows_of), ids.shape[1] * vocab)
+    back = torch.tensor([row for rows in rows_of for row in rows], device=ids.device).argsort()
+    logp, entropies, *reference = (score[back] for score in scores)
+    ref_logp, kl = reference or (None, None)
+    return Score(logp=logp, entropy=entropies, ref_logp=ref_logp, kl=kl)

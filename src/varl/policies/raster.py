@@ -1,0 +1,307 @@
+"""A raster model behind `BranchingPolicy` and `TeacherForcedPolicy`: act token by token, stop at any, replay in one pass, or draw all
+tokens of a picture at once, each given a real picture's tokens before it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from varl.config import LawConfig
+from varl.errors import ConfigError, DataError
+from varl.models.layers import KVCache
+from varl.models.raster import CaptionEmbedding, Condition, Raster
+from varl.policies.acting import (
+    Drawn,
+    Logits,
+    class_ids,
+    continued,
+    draw_tokens,
+    join,
+    map_drawn,
+    new_rollout,
+    require_laws,
+    require_text,
+    score_tokens,
+)
+from varl.policies.sampling import in_row_chunks
+from varl.rng import Stream
+from varl.tokenizers.vq import VQ
+from varl.types import Layout, Prompt, Rollout, Score
+
+CaptionEncoder = Callable[[Sequence[str]], Sequence[Tensor]]
+"""From captions to the features [n, C] of each one's n tokens, without padding."""
+
+
+def corrupt(ids: Int[Tensor, "B L"], uniform: Float[Tensor, "B L 2"], share: float, vocab: int) -> Int[Tensor, "B L"]:
+    """Each token but the last (which nobody reads) replaced with probability `share`, by one of the other vocab - 1 tokens, all as likely:
+    VA-pi's kernel (arXiv 2512.19680, Eq. 28-29). The release's replacement may be the token itself; that kernel is this one with `share`
+    times 1 - 1/vocab. Exact: (L - 1) * share tokens change in the mean."""
+    other = (ids + 1 + (uniform[..., 1] * (vocab - 1)).long().clamp(max=vocab - 2)) % vocab
+    changed = uniform[..., 0] < share
+    changed[:, -1] = False
+    return torch.where(changed, other, ids)
+
+
+def pad_left(features: Sequence[Tensor]) -> tuple[Float[Tensor, "B N C"], Bool[Tensor, "B N"] | None]:
+    """Captions' features of different lengths, ending together, and where they are; None where all are equally long."""
+    longest = max(len(f) for f in features)
+    padded = torch.stack([F.pad(f, (0, 0, longest - len(f), 0)) for f in features])
+    if all(len(f) == longest for f in features):
+        return padded, None
+    lengths = torch.tensor([[len(f)] for f in features], device=padded.device)
+    return padded, torch.arange(longest, device=padded.device) >= longest - lengths
+
+
+def first_of_each(prompts: Sequence[Prompt], read: Int[Tensor, "B l"]) -> tuple[list[int], list[int]]:
+    """Rows that are the first of their prompt and of the tokens they read, and for every row which of those it equals."""
+    places: dict[tuple[Prompt, bytes], int] = {}
+    keys = [(prompt, row.tobytes()) for prompt, row in zip(prompts, read.cpu().numpy(), strict=True)]
+    of = [places.setdefault(key, len(places)) for key in keys]
+    return [of.index(place) for place in range(len(places))], of
+
+
+@dataclass(slots=True)
+class Branch:
+    """Where a half-drawn batch stands. With guidance the cache holds the conditional rows, then the unconditional ones."""
+
+    condition: Condition
+    cache: KVCache
+
+
+class RasterPolicy:
+    def __init__(
+        self,
+        model: Raster,
+        tokenizer: VQ,
+        *,
+        captions: CaptionEncoder | None = None,
+        sample_law: LawConfig = LawConfig(),
+        score_law: LawConfig = LawConfig(),
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.module = model.eval()
+        self.tokenizer = tokenizer.eval().requires_grad_(False)
+        self.captions = captions
+        self.sample_law, self.score_law, self.dtype = sample_law, score_law, dtype
+        self.layout = Layout(grids=(model.config.grid,), steps=model.tokens)
+        self.reference: Raster | None = None
+        """A frozen model of the same shape; set it to have `Score.kl` and `Score.ref_logp`."""
+        require_laws({"sample_law": sample_law, "score_law": score_law}, model.tokens, "token", self.vocab)
+        if model.config.captions is not None and captions is None:
+            raise ConfigError("this model reads captions and the policy has no encoder for them. Give `captions`, from texts to features.")
+
+    @property
+    def vocab(self) -> int:
+        return self.module.config.tokenizer.vocab
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.turns.device
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    # -- prompts -----------------------------------------------------------------------------------------------------------------------
+
+    def _condition(self, model: Raster, prompts: Sequence[Prompt], guided: bool) -> tuple[Condition, Int[Tensor, " b"]]:
+        """What differs among the prompts, once each, and its row for each prompt; then for each prompt's "none", if guided."""
+        places: dict[str | int, int] = {}
+        if isinstance(model.cls_embedding, CaptionEmbedding):
+            features, keys, none = self._captions(prompts, model.cls_embedding.uncond_embedding)
+            rows = [places.setdefault(key, len(places)) for key in (keys + none if guided else keys)]
+            condition = model.condition(*pad_left([features[key] for key in places]))
+        else:
+            keys = class_ids(prompts, classes := model.cls_embedding.embedding_table.num_embeddings - 1).tolist()
+            rows = [places.setdefault(key, len(places)) for key in (keys + [classes] * len(keys) if guided else keys)]
+            condition = model.condition(torch.tensor(list(places), device=self.device))
+        return condition, torch.tensor(rows, device=self.device)
+
+    def _captions(
+        self, prompts: Sequence[Prompt], nothing: Float[Tensor, "N C"]
+    ) -> tuple[dict[str | int, Tensor], list[str | int], list[str | int]]:
+        """Features by key; the key of each prompt; and of its "none": the last n vectors of `nothing` for a caption of n tokens, as
+        released, all of them for the empty prompt."""
+        require_text(prompts)
+        assert self.captions is not None
+        texts = list(dict.fromkeys(prompt.text for prompt in prompts if prompt.text))
+        features: dict[str | int, Tensor] = {}
+        for text, found in zip(texts, self.captions(texts) if texts else (), strict=True):
+            if not 1 <= len(found) <= len(nothing):
+                raise DataError(f"prompt {text!r} has {len(found)} tokens, the model takes 1 to {len(nothing)}. Shorten it.")
+            if found.shape[1] != nothing.shape[1]:
+                raise ConfigError(
+                    f"captions have features of width {found.shape[1]}, the model was trained on {nothing.shape[1]}. "
+                    "Give the text encoder that it was trained with."
+                )
+            features[text] = found.to(nothing)
+        keys: list[str | int] = [prompt.text or len(nothing) for prompt in prompts]
+        none: list[str | int] = [len(features[prompt.text]) if prompt.text else len(nothing) for prompt in prompts]
+        lengths = {key for key in [*keys, *none] if isinstance(key, int)}
+        return features | {length: nothing[len(nothing) - length :] for length in lengths}, keys, none
+
+    # -- acting ------------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _guided(self) -> bool:
+        return self.sample_law.guided or self.score_law.guided
+
+    def _both(self, rows: Tensor) -> Tensor:
+        """`rows` for the conditional half of a batch, and for the unconditional one."""
+        return torch.cat([rows, rows]) if self._guided else rows
+
+    def _halves(self, logits: Float[Tensor, "b l V"]) -> tuple[Tensor, Tensor | None]:
+        half = len(logits) // 2
+        return (logits[:half], logits[half:]) if self._guided else (logits, None)
+
+    def rollout(self, prompts: Sequence[Prompt], rng: Stream) -> Rollout:
+        return replace(self.prefix(prompts, rng, steps=self.layout.steps), state=None)
+
+    @torch.no_grad()
+    def prefix(self, prompts: Sequence[Prompt], rng: Stream, *, steps: int) -> Rollout:
+        """The first `steps` tokens; `state` holds the cache to go on from. Prompts and their "none" are read once each, whatever the number
+        of rows that share them. One uniform per token, at the address (..., "tokens", row)."""
+        if not 1 <= steps <= self.layout.steps:
+            raise ConfigError(f"prefix of {steps} steps: the model has {self.layout.steps} tokens. Choose 1 to {self.layout.steps}.")
+        model = self.module
+        with self._precision():
+            condition, rows = self._condition(model, prompts, self._guided)
+            read = model.cache(condition, 1)
+            hidden = model.step(condition, None, read)
+            branch = Branch(condition.rows(rows), read.fork(rows, model.capacity(condition, steps)))
+            uniform = rng.at("tokens").uniform(steps).to(self.device)
+            drawn = self._act(branch, hidden[rows], uniform, 0)
+        return new_rollout(prompts, rng, drawn, torch.arange(steps, device=self.device), branch)
+
+    @torch.no_grad()
+    def complete(self, prefix: Rollout, rng: Stream) -> Rollout:
+        branch, copies, model = prefix.state, len(rng) // len(prefix), self.module
+        if not isinstance(branch, Branch):
+            raise ConfigError("complete: this rollout carries no state to go on from. Use what `prefix` returned, unsliced.")
+        first, steps = prefix.actions.shape[1], self.layout.steps
+        rows = torch.arange(len(prefix), device=self.device).repeat_interleave(copies)
+        both = torch.cat([rows, rows + len(prefix)]) if self._guided else rows
+        with self._precision():
+            fork = Branch(branch.condition.rows(both), branch.cache.fork(both, model.capacity(branch.condition, steps)))
+            hidden = model.step(fork.condition, self._both(prefix.actions[rows, -1]), fork.cache)
+            uniform = rng.at("tokens").uniform(steps - first).to(self.device)
+            drawn = self._act(fork, hidden, uniform, first)
+        return continued(prefix, rows, rng, drawn, torch.arange(steps, device=self.device))
+
+    def _act(self, branch: Branch, hidden: Float[Tensor, "b 1 D"], uniform: Float[Tensor, "B n"], first: int) -> Drawn:
+        """Draw as many tokens as there are uniforms, the first of them from `hidden`."""
+        parts: list[Drawn] = []
+        for column in range(uniform.shape[1]):
+            if parts:
+                hidden = self.module.step(branch.condition, self._both(parts[-1][0][:, 0]), branch.cache)
+            cond, uncond = self._halves(self.module.logits(hidden))
+            drawn = draw_tokens(cond, uncond, uniform[:, column, None, None], self.sample_law, self.score_law, first + column)
+            parts.append(map_drawn(lambda tensor: tensor.squeeze(-1), drawn))
+        return join(parts)
+
+    # -- a real picture ----------------------------------------------------------------------------------------------------------------
+
+    def encode(self, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt]) -> Rollout:
+        """The pictures' own tokens as given actions, scored; nothing in it is `sampled`. The tokenizer works in fp32."""
+        if tuple(images.shape[2:]) != self.module.config.image_size:
+            got, want = ("x".join(map(str, size)) for size in (images.shape[2:], self.module.config.image_size))
+            raise DataError(f"pictures of {got} pixels: the model was trained on {want}. Resize and crop them first.")
+        given = self.given(self._tokenize(images.to(self.device)), prompts)
+        with torch.no_grad():
+            return replace(given, logp=self.score(given).logp)
+
+    @torch.no_grad()
+    def _tokenize(self, images: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B L"]:
+        def some(rows: slice) -> tuple[Tensor]:
+            return (self.tokenizer.encode(images[rows].float() * 2 - 1),)
+
+        with torch.autocast(self.device.type, enabled=False):
+            return in_row_chunks(some, len(images), self._pixels)[0]
+
+    def given(self, ids: Int[Tensor, "B L"], prompts: Sequence[Prompt]) -> Rollout:
+        """Tokens that are known already (from a cache) as `encode` would give them, not yet scored: `logp` is NaN."""
+        low, high = int(ids.min()), int(ids.max())
+        if ids.shape[1] != self.layout.tokens or not 0 <= low <= high < self.vocab:
+            raise DataError(
+                f"{ids.shape[1]} tokens between {low} and {high}: a picture of this model has {self.layout.tokens} between 0 and "
+                f"{self.vocab - 1}. They were made with another tokenizer, or from pictures of another size."
+            )
+        ids = ids.to(self.device)
+        return Rollout(
+            prompts=tuple(prompts),
+            actions=ids,
+            logp=torch.full(ids.shape, torch.nan, device=self.device),
+            step=torch.arange(self.layout.tokens, device=self.device).expand(len(ids), -1),
+            sampled=torch.zeros_like(ids, dtype=torch.bool),
+            index=torch.arange(len(ids)),
+        )
+
+    @torch.no_grad()
+    def draw(self, given: Rollout, rng: Stream, *, prefix_noise: float) -> Rollout:
+        """`len(rng)` draws, len(rng) / B of each row of `given`, side by side; they share one forward pass. Token t is drawn given the
+        row's own tokens before it, of which the share `prefix_noise` was replaced (`corrupt`): the same ones for all draws of a row, at the
+        address (..., "prefix", row of the first). What was read is `context`."""
+        if not 0 <= prefix_noise <= 1:
+            raise ConfigError(f"prefix_noise={prefix_noise}: is the share of tokens that are replaced. Choose 0 (none) to 1 (all).")
+        batch, copies = len(given), len(rng) // len(given)
+        noise = rng.select(range(0, len(rng), copies)).at("prefix").uniform(self.layout.tokens, 2).to(self.device)
+        context = corrupt(given.actions, noise, prefix_noise, self.vocab)
+        uniform = rng.at("tokens").uniform(self.layout.tokens).to(self.device).unflatten(0, (batch, copies)).transpose(1, 2)
+        logits_of = self._logits_of(self.module, given.prompts, context, self._guided)
+        step = given.step[0]
+
+        def draw_rows(rows: slice) -> tuple[Tensor, ...]:
+            drawn = draw_tokens(*logits_of(rows), uniform[rows], self.sample_law, self.score_law, step)
+            return tuple(part.transpose(1, 2).flatten(0, 1) for part in drawn if part is not None)
+
+        ids, logp, *sampled = in_row_chunks(draw_rows, batch, context.shape[1] * self.vocab)
+        rows = torch.arange(batch, device=self.device).repeat_interleave(copies)
+        prompts = [given.prompts[row] for row in rows.tolist()]
+        return new_rollout(prompts, rng, (ids, logp, sampled[0] if sampled else None), step, context=context[rows])
+
+    # -- scoring -----------------------------------------------------------------------------------------------------------------------
+
+    def score(self, rollout: Rollout) -> Score:
+        """One teacher-forced pass over the tokens that the rollout holds, given its `context` where it has one. Rows of the same prompt
+        that read the same tokens share the pass and its logits. Log-softmax in fp32, a bounded slice of logits at a time."""
+        inputs = rollout.actions if rollout.context is None else rollout.context
+        first, of = first_of_each(rollout.prompts, inputs[:, :-1])
+        prompts, inputs, guided = [rollout.prompts[row] for row in first], inputs[first], self.score_law.guided
+        logits_of = self._logits_of(self.module, prompts, inputs, guided)
+        with torch.no_grad():
+            ref_logits_of = self._logits_of(self.reference, prompts, inputs, guided) if self.reference is not None else None
+        return score_tokens(rollout.actions, of, logits_of, ref_logits_of, self.score_law, rollout.step[0], self.vocab)
+
+    def _logits_of(self, model: Raster, prompts: Sequence[Prompt], inputs: Int[Tensor, "B l"], guided: bool) -> Logits:
+        """Hidden states now; conditional and unconditional logits of any slice of rows later."""
+        batch = len(prompts)
+        with self._precision():
+            condition, rows = self._condition(model, prompts, guided)
+            hidden = model(condition.rows(rows), torch.cat([inputs, inputs]) if guided else inputs)
+
+        def logits_of(rows: slice) -> tuple[Tensor, Tensor | None]:
+            with self._precision():
+                cond = model.logits(hidden[rows])
+                return cond, model.logits(hidden[rows.start + batch : rows.stop + batch]) if guided else None
+
+        return logits_of
+
+    # -- showing -----------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _pixels(self) -> int:
+        """Numbers in the tokenizer's widest layer, per picture."""
+        h, w = self.module.config.image_size
+        return h * w // self.tokenizer.config.patch**2 * self.tokenizer.config.width
+
+    @torch.no_grad()
+    def decode(self, rollout: Rollout) -> Float[Tensor, "B 3 H W"]:
+        """In fp32, some pictures at a time."""
+
+        def some(rows: slice) -> tuple[Tensor]:
+            codes = self.tokenizer.codes(rollout.actions[rows], self.module.config.grid)
+            return (self.tokenizer.render(codes).add(1).div(2).clamp(0, 1),)
+
+        return in_row_chunks(some, len(rollout), self._pixels)[0]
