@@ -7,6 +7,7 @@ x0, y0, x1, y1 in shares of the picture."""
 
 import json
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,9 @@ def write_folder(path: Path | str, images: UInt8[Tensor, "N 3 H W"] | None, prom
     (folder / PROMPTS).write_text("".join(lines), encoding="utf-8")
 
 
-def read_folder(path: Path | str) -> list[Prompt]:
-    """The folder's prompts, `image` as a full path. Every line and every picture is checked; the first fault is a DataError that names its
-    file and line."""
+def read_folder(path: Path | str, *, open_pictures: bool = True) -> list[Prompt]:
+    """The folder's prompts, `image` as a full path. Every line and every picture is checked, of pictures only that they are there unless
+    `open_pictures`; the first fault is a DataError that names its file and line."""
     file = Path(path) / PROMPTS
     if not file.is_file():
         raise DataError(f"data folder {str(path)!r}: has no {PROMPTS}. Write one JSON object a line, e.g. " + '{"text": "CAT"}.')
@@ -59,7 +60,7 @@ def read_folder(path: Path | str) -> list[Prompt]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                prompts.append(_prompt(line, Path(path)))
+                prompts.append(_prompt(line, Path(path), open_pictures))
             except _Fault as fault:
                 raise DataError(f"{file}:{number}: {fault}") from fault.__cause__
     if not prompts:
@@ -71,7 +72,7 @@ class _Fault(Exception):
     """What is wrong with a line, without its place."""
 
 
-def _prompt(line: str, folder: Path) -> Prompt:
+def _prompt(line: str, folder: Path, open_pictures: bool) -> Prompt:
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
@@ -82,7 +83,7 @@ def _prompt(line: str, folder: Path) -> Prompt:
         regions=tuple(_region(region) for region in _typed(entry, "regions", list, [])),
         style=tuple(_text("style", part) for part in _typed(entry, "style", list, [])),
         label=_typed(entry, "label", int, None),
-        image=_picture(entry["image"], folder) if "image" in entry else None,
+        image=_picture(entry["image"], folder, open_pictures) if "image" in entry else None,
     )
 
 
@@ -124,16 +125,28 @@ def _box(value: Any) -> Box:
     return float(x0), float(y0), float(x1), float(y1)
 
 
-def _picture(value: Any, folder: Path) -> str:
+def _picture(value: Any, folder: Path, open_pictures: bool) -> str:
     path = folder / _text("image", value)
     if not path.is_file():
         raise _Fault(f"image {value!r}: there is no file {path}. Paths are relative to the folder.")
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise _Fault(f"image {value!r}: cannot be read ({error}). The file is damaged, or not a picture: write it again.") from error
+    if open_pictures:
+        try:
+            open_rgb(path, repr(value))
+        except DataError as error:
+            raise _Fault(str(error)) from error
     return str(path)
+
+
+def open_rgb(source: Path | BytesIO, name: str) -> Image.Image:
+    """The picture, decoded and as RGB; a DataError says with `name` which one cannot be."""
+    try:
+        with Image.open(source) as image:
+            image.load()
+            if image.mode[0] not in "IF":
+                return to_rgb(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"image {name}: cannot be read ({error}). The file is damaged, or not a picture: write it again.") from error
+    raise DataError(f"image {name}: has mode {image.mode}, more than 8 bits for each colour. Save it with 8 bits, as grey or RGB.")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -146,17 +159,23 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def path_of(prompt: Prompt) -> str:
+    """Where the prompt's picture is."""
+    if prompt.image is None:
+        raise DataError(f"prompt {prompt.text!r}: names no image. Add the key `image` to its line.")
+    return prompt.image
+
+
 def load_images(prompts: Sequence[Prompt], size: tuple[int, int]) -> UInt8[Tensor, "N 3 H W"]:
     """The prompts' pictures, each of `size` (H, W) pixels as it lies on disk: nothing is resized."""
     pictures = np.empty((len(prompts), *size, 3), np.uint8)
     for i, prompt in enumerate(prompts):
-        if prompt.image is None:
-            raise DataError(f"prompt {prompt.text!r}: names no image. Add the key `image` to its line.")
-        with Image.open(prompt.image) as image:
-            if (image.height, image.width) != size:
-                raise DataError(
-                    f"image {prompt.image}: is {image.height}x{image.width} (height x width), must be {size[0]}x{size[1]}. Resize the "
-                    "pictures, or set image_size."
-                )
-            pictures[i] = np.asarray(to_rgb(image))
+        path = path_of(prompt)
+        image = open_rgb(Path(path), path)
+        if (image.height, image.width) != size:
+            raise DataError(
+                f"image {path}: is {image.height}x{image.width} (height x width), must be {size[0]}x{size[1]}. Resize the pictures, or set "
+                "image_size."
+            )
+        pictures[i] = np.asarray(image)
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
