@@ -12,8 +12,11 @@ import yaml
 from varl.config import (
     FolderConfig,
     GRPOConfig,
+    ModelConfig,
+    NextScaleConfig,
     OCRConfig,
     PythonRewardConfig,
+    RasterConfig,
     ReconstructionConfig,
     RunConfig,
     VAPIConfig,
@@ -31,6 +34,8 @@ KINDS: dict[type, str] = {
     PythonRewardConfig: "python",
     VAPIConfig: "va_pi",
     ReconstructionConfig: "reconstruction",
+    NextScaleConfig: "next_scale",
+    RasterConfig: "raster",
 }
 """What `kind:` says in YAML where a setting may be of several classes."""
 
@@ -39,12 +44,23 @@ Config = TypeVar("Config")
 
 def to_yaml(config: object) -> str:
     """Every setting of `config`, defaults too, as YAML that `from_yaml` gives back exactly."""
-    return yaml.dump(_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=140)
+    return _dump(_plain(config))
 
 
 def from_yaml(text: str, cls: type[Config] = RunConfig) -> Config:
     """The config that `text` describes; what it leaves out has its default."""
     return _structure(_parse(text), cls, "")
+
+
+def model_to_yaml(config: ModelConfig) -> str:
+    """`to_yaml` of a model folder, with the `kind` that says of which family it is."""
+    return _dump(_plain(config, ModelConfig))
+
+
+def model_from_yaml(text: str) -> ModelConfig:
+    """The config of a model folder; one without `kind` is a next-scale model's, as folders were first written."""
+    tree = _parse(text)
+    return _structure({"kind": KINDS[NextScaleConfig], **tree} if isinstance(tree, dict) else tree, ModelConfig, "")
 
 
 def override(config: Config, assignments: Sequence[str]) -> Config:
@@ -214,6 +230,10 @@ class _Loader(yaml.SafeLoader):
 _Dumper.add_representer(list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True))
 for part in (_Dumper, _Loader):  # 1e-5 is a number
     part.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def _dump(tree: Any) -> str:
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=140)
 
 
 def _parse(text: str) -> Any:
