@@ -358,6 +358,7 @@ def test_digest_is_of_the_content(tmp_path):
 def test_grey_and_transparent_pictures_are_read_as_rgb(tmp_path):
     Image.new("L", (4, 2), 51).save(tmp_path / "a.png")
     Image.new("RGBA", (4, 2), (9, 9, 9, 0)).save(tmp_path / "b.png")
+    (tmp_path / "._b.png").write_bytes(b"what other systems leave beside a file")
     assert next(open_pictures(tmp_path).batches(2))[:, :, 0, 0].tolist() == [[51] * 3, [255] * 3]
 
 
@@ -491,6 +492,11 @@ def test_equal_sets():
     assert found["kid"] < 0, "without bias, so that a set meets itself below 0"
     assert (found["pictures"], found["reference_pictures"]) == (48, 48)
     assert "is" not in found
+    assert "fd_bias" in found
+
+
+def test_too_few_pictures_per_feature_have_no_bias():
+    assert "fd_bias" not in compare_sets(pictures(47), pictures(), Pool(), 0)
 
 
 def test_sets_of_one_law_and_of_another():

@@ -169,7 +169,7 @@ def damage(path: Path, names: Iterable[str] | None = None) -> list[str]:
         size, digest = written[name]
         if file.stat().st_size != size:
             problems.append(f"{name} has {file.stat().st_size} bytes where {size} were written")
-        elif _sha256(file) != digest:
+        elif file_sha256(file) != digest:
             problems.append(f"{name} is not what was written (its sha256 differs)")
     return problems
 
@@ -207,7 +207,7 @@ def read_part(path: Path, name: str) -> bytes:
         raise CheckpointError(f"{path}: {name} cannot be read ({error.strerror}). Is this a folder that VARL saved?") from error
 
 
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
     with file.open("rb") as data:
         return hashlib.file_digest(data, "sha256").hexdigest()
 

@@ -129,9 +129,9 @@ def centre_crop(image: Image.Image, image_size: tuple[int, int]) -> Pixels:
 
 
 def _folder(path: Path) -> tuple[list[Prompt], tuple[str, ...]]:
-    own = sorted(file for file in path.iterdir() if _is_picture(file))
+    own = sorted(file for file in path.iterdir() if is_picture(file))
     inside = {
-        folder.name: sorted(file for file in folder.rglob("*") if _is_picture(file))
+        folder.name: sorted(file for file in folder.rglob("*") if is_picture(file))
         for folder in sorted(path.iterdir())
         if folder.is_dir() and not folder.name.startswith(".")
     }
@@ -152,7 +152,7 @@ def _folder(path: Path) -> tuple[list[Prompt], tuple[str, ...]]:
     return [Prompt(text=name, label=label, image=str(file)) for label, name in enumerate(names) for file in inside[name]], names
 
 
-def _is_picture(file: Path) -> bool:
+def is_picture(file: Path) -> bool:
     return file.suffix.lower() in PICTURE_FILES and not file.name.startswith(".") and file.is_file()
 
 

@@ -15,14 +15,12 @@ from typing import IO, Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
 from torch import Tensor, nn
 
-from varl.checkpoints.folder import read_tensors, write_tensors
-from varl.data.folder import to_rgb
+from varl.checkpoints.folder import file_sha256, read_tensors, write_tensors
+from varl.data.folder import open_rgb
+from varl.data.pictures import PICTURE_FILES, is_picture
 from varl.errors import ConfigError, DataError, NumericsError
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 Extractor = Callable[[Float[Tensor, "B 3 H W"]], Float[Tensor, "B D"]]
 """Pixels in [0, 1] in, features out: a module in eval mode, or a function on the CPU."""
@@ -43,7 +41,7 @@ class Classifier(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pictures:
+class PictureSet:
     """A set of pictures of one size that can be read as often as needed, some at a time."""
 
     where: str
@@ -55,7 +53,7 @@ class Pictures:
     """A hash of the content."""
 
 
-def open_pictures(source: Path | str | Tensor) -> Pictures:
+def open_pictures(source: Path | str | Tensor) -> PictureSet:
     """A tensor [N, 3, H, W] (bytes, or floats in [0, 1], which are rounded to bytes as a file would have them), a folder of picture files
     at any depth, in the order of their paths, or an npz file with bytes [N, H, W, 3] as `arr_0`."""
     if isinstance(source, Tensor):
@@ -69,7 +67,7 @@ def open_pictures(source: Path | str | Tensor) -> Pictures:
     raise DataError(f"pictures {str(path)!r}: {what}. Give a folder of pictures, or an npz file that holds them as `arr_0`.")
 
 
-def _tensor(images: Tensor) -> Pictures:
+def _tensor(images: Tensor) -> PictureSet:
     if images.ndim != 4 or images.shape[1] != 3 or not images.numel():
         raise DataError(f"pictures: a tensor of shape {list(images.shape)}, must be [N, 3, H, W]. Stack RGB pictures.")
     if images.dtype != torch.uint8:
@@ -77,7 +75,7 @@ def _tensor(images: Tensor) -> Pictures:
             raise DataError(f"pictures: {images.dtype} values that are not all in [0, 1]. Give bytes, or scale and clamp them.")
         images = (images.float() * 255).round().to(torch.uint8)
     images = images.cpu().contiguous()
-    return Pictures(
+    return PictureSet(
         where="pictures",
         count=len(images),
         size=(images.shape[2], images.shape[3]),
@@ -86,10 +84,10 @@ def _tensor(images: Tensor) -> Pictures:
     )
 
 
-def _folder(path: Path) -> Pictures:
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+def _folder(path: Path) -> PictureSet:
+    files = sorted(file for file in path.rglob("*") if is_picture(file))
     if not files:
-        raise DataError(f"pictures {str(path)!r}: the folder holds no file that ends in {', '.join(SUFFIXES)}. Is it the right one?")
+        raise DataError(f"pictures {str(path)!r}: the folder holds no file that ends in {', '.join(PICTURE_FILES)}. Is it the right one?")
     size = _read(files[0]).shape[:2]
 
     def batches(batch: int) -> Iterator[Tensor]:
@@ -110,20 +108,11 @@ def _folder(path: Path) -> Pictures:
             total.update(file_sha256(file).encode())
         return total.hexdigest()
 
-    return Pictures(where=str(path), count=len(files), size=size, batches=batches, digest=digest)
+    return PictureSet(where=str(path), count=len(files), size=size, batches=batches, digest=digest)
 
 
 def _read(file: Path) -> np.ndarray:
-    try:
-        with Image.open(file) as image:
-            return np.asarray(to_rgb(image))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"picture {file}: cannot be read ({error}). The file is damaged, or not a picture: write it again.") from error
-
-
-def file_sha256(file: Path) -> str:
-    with file.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
+    return np.asarray(open_rgb(file, str(file)))
 
 
 # ---- npz files ------------------------------------------------------------------------------------------------------------------------
@@ -168,7 +157,7 @@ def _npz_array(path: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ..
         raise DataError(f"{path}: `{name}` cannot be read ({error}). The file is damaged: copy it again.") from error
 
 
-def _npz(path: Path) -> Pictures:
+def _npz(path: Path) -> PictureSet:
     shape = npz_shapes(path).get("arr_0")
     if shape is None or len(shape) != 4 or shape[3] != 3 or not shape[0]:
         found = "is missing" if shape is None else f"has shape {list(shape)}"
@@ -180,7 +169,7 @@ def _npz(path: Path) -> Pictures:
                 raise DataError(f"{path}: `arr_0` holds {rows.dtype}, must hold bytes (uint8), 0 to 255. Save it so.")
             yield torch.from_numpy(rows).permute(0, 3, 1, 2)
 
-    return Pictures(where=str(path), count=shape[0], size=shape[1:3], batches=batches, digest=lambda: file_sha256(path))
+    return PictureSet(where=str(path), count=shape[0], size=shape[1:3], batches=batches, digest=lambda: file_sha256(path))
 
 
 # ---- features -------------------------------------------------------------------------------------------------------------------------
@@ -210,7 +199,7 @@ def fingerprint(extractor: Extractor) -> str:
 
 @torch.no_grad()
 def extract(
-    pictures: Pictures,
+    pictures: PictureSet,
     extractor: Extractor,
     *,
     batch: int = 64,

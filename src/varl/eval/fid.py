@@ -30,6 +30,9 @@ GROUPS = 20
 SPLIT = 5000
 """Pictures in a part for Inception score, as in the ADM evaluator; fewer pictures are one part."""
 
+BIAS_FROM = 4
+"""Pictures per feature from which on the jackknife finds the bias of the Frechet distance to a tenth of it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
@@ -88,11 +91,13 @@ def compare_sets(
     """How `pictures` compare with `reference` in the extractor's features:
 
     fd         Frechet distance, `fid` where the extractor is `Inception`; lower is better
-    fd_bias    what is in it only because pictures are few; fd - fd_bias is for infinitely many, against the same reference
+    fd_bias    what is in it only because pictures are few; fd - fd_bias is for infinitely many, against the same reference; left out below
+               BIAS_FROM pictures per feature, where it would be wrong
     is         Inception score, where the extractor is a `Classifier`
     precision  share of pictures that lie among the reference's, recall the share of the reference that lies among the pictures
     kid        kernel distance, unbiased: may come out below 0
-    *_ci95     half-width of the 95 % interval over other pictures of the same model, the reference held fixed: jackknife over GROUPS groups
+    *_ci95     half-width of the 95 % interval over other pictures of the same model, the reference held fixed: jackknife over GROUPS
+               groups; for fd up to twice too wide where pictures are fewer than some 6 per feature
     pictures, reference_pictures    how many; precision, recall and kid need the latter
 
     The same seed gives the same numbers; it says which pictures form a group. At unequal numbers of pictures compare nothing but kid."""
@@ -131,4 +136,6 @@ def compare_sets(
     for name, replicate in replicates.items():
         value = estimate(replicate)
         found |= {name: value.value, f"{name}_ci95": value.high - value.value}
-    return found | {f"{distance}_bias": jackknife_bias(replicates[distance])} | counts
+    if shown.count >= BIAS_FROM * features.shape[1]:
+        found[f"{distance}_bias"] = jackknife_bias(replicates[distance])
+    return found | counts

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from varl.checkpoints.folder import strict_load
-from varl.checkpoints.var import read_weights
+from varl.checkpoints.folder import file_sha256, strict_load
+from varl.checkpoints.released import read_weights
 from varl.errors import CheckpointError
-from varl.eval.features import file_sha256
 
 NAMES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
 """The same file, as pytorch-fid and as torch-fidelity name it; the last part is how its sha256 begins."""
@@ -151,5 +150,5 @@ def load_inception(path: Path | str | None = None) -> Inception:
         raise CheckpointError(f"{file}: its sha256 begins with {found[:8]}, must begin with {promised}. Download it again: {URL}.")
     model = Inception().eval().requires_grad_(False)
     counters = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(".num_batches_tracked")}
-    strict_load(model, counters | read_weights(file, "inception"), str(file))
+    strict_load(model, counters | read_weights(file), str(file))
     return model
