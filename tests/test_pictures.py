@@ -113,10 +113,6 @@ def test_pictures_in_memory_have_addresses():
     assert len(pictures) == 5
 
 
-SAVED = pytest.mark.filterwarnings("ignore:Cannot (locate|pickle)")
-"""`datasets` pickles what it hashes, and says so."""
-
-
 @pytest.fixture
 def saved(tmp_path):
     """Writes columns as a saved data set, and reads it as pictures."""
@@ -139,7 +135,6 @@ def files(folder, count):
     return [str(folder / f"{i}.png") for i in range(count)]
 
 
-@SAVED
 @pytest.mark.parametrize("split", [None, "train"])
 def test_a_saved_data_set(tmp_path, saved, split):
     pictures = saved({"image": files(tmp_path, 3), "label": [1, 0, 1]}, split=split)
@@ -149,13 +144,11 @@ def test_a_saved_data_set(tmp_path, saved, split):
     assert np.array_equal(pictures.pixels(pictures.prompts).permute(0, 2, 3, 1).numpy(), want)
 
 
-@SAVED
 def test_a_saved_data_set_with_captions(tmp_path, saved):
     pictures = saved({"image": files(tmp_path, 2), "said": ["one", "two"], "id": [7, 8]}, caption="said")
     assert [(prompt.text, prompt.label) for prompt in pictures.prompts] == [("one", None), ("two", None)]
 
 
-@SAVED
 def test_what_is_wrong_with_a_saved_data_set(tmp_path, saved):
     with pytest.raises(DataError, match=r"neither a column `label` nor 'text', but image, said\. Set pictures\.caption"):
         saved({"image": files(tmp_path, 2), "said": ["one", "two"]})
@@ -163,11 +156,20 @@ def test_what_is_wrong_with_a_saved_data_set(tmp_path, saved):
         saved({"picture": [1], "text": ["one"]})
     with pytest.raises(DataError, match=r"row 1: text=None must be a string"):
         saved({"image": files(tmp_path, 2), "text": ["one", None]})
+
+
+def test_a_saved_data_set_of_splits_needs_one(tmp_path, saved):
     with pytest.raises(DataError, match=r"no split 'train'\. Set pictures\.split to one of test"):
         saved({"image": files(tmp_path, 1), "text": ["one"]}, split="test")
 
 
-@SAVED
+def test_a_saved_data_set_that_is_not_whole(tmp_path, saved):
+    saved({"image": files(tmp_path, 1), "text": ["one"]})
+    (tmp_path / "saved" / "state.json").unlink()
+    with pytest.raises(DataError, match=r"saved: cannot be read as a saved data set.*Copy or save it again"):
+        read_pictures(PicturesConfig(path=str(tmp_path / "saved")))
+
+
 def test_a_damaged_row_is_named(tmp_path, saved):
     paths = files(tmp_path, 2)
     (tmp_path / "1.png").write_bytes(b"no picture")

@@ -129,6 +129,12 @@ def test_a_folder_that_is_no_cache_is_left_alone(tmp_path):
     assert [file.name for file in (tmp_path / "tokens").iterdir()] == ["mine.txt"]
 
 
+def test_a_folder_that_another_process_is_making_is_no_strange_one(tmp_path):
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / f"{MANIFEST}.tmp-1").write_text("{")
+    assert cache(tmp_path).ids(pictures(1), Encoder()).tolist() == [[1] * 4]
+
+
 def test_a_damaged_file_is_named(tmp_path):
     cache(tmp_path).ids(pictures(1), Encoder())
     (file,) = parts(tmp_path)

@@ -164,7 +164,10 @@ def _saved(config: PicturesConfig) -> tuple[list[Prompt], tuple[str, ...], Calla
         raise DataError(
             f"{config.path}: is a saved data set, and the package that reads it is not installed ({error}). Run `pip install datasets`."
         ) from error
-    data: Any = datasets.load_from_disk(config.path)
+    try:
+        data: Any = datasets.load_from_disk(config.path)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{config.path}: cannot be read as a saved data set ({error}). Copy or save it again.") from error
     if isinstance(data, dict):
         if config.split not in data:
             raise DataError(f"{config.path}: has no split {config.split!r}. Set pictures.split to one of {', '.join(data)}.")

@@ -19,6 +19,7 @@ from varl.errors import DataError
 MANIFEST = "tokens.json"
 LAYOUT = 1
 """Of what lies in a cache; another number is refused."""
+_TMP = ".tmp-"
 
 Encode = Callable[[Float[Tensor, "B 3 H W"]], Int[Tensor, "B L"]]
 """Pixels in [0, 1] to ids."""
@@ -51,7 +52,7 @@ class TokenCache:
         file = self.path / MANIFEST
         if file.exists():
             self._refuse_others(file, tokenizer, name)
-        elif self.path.exists() and (self.path.is_file() or any(self.path.iterdir())):
+        elif self.path.exists() and (self.path.is_file() or any(_TMP not in part.name for part in self.path.iterdir())):
             raise DataError(f"{path}: is there already and is no cache of tokens (it has no {MANIFEST}). Give a new folder.")
         else:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -115,7 +116,7 @@ class TokenCache:
 
 def _write(file: Path, data: bytes) -> None:
     """The file whole or not at all."""
-    beside = file.with_name(f"{file.name}.tmp-{os.getpid()}")
+    beside = file.with_name(f"{file.name}{_TMP}{os.getpid()}")
     try:
         with beside.open("wb") as out:
             out.write(data)
