@@ -192,8 +192,14 @@ def times(x: Estimate) -> str:
     return f"**{text}**" if x.low > 1 or x.high < 1 else text
 
 
+def angle(x: Estimate) -> str:
+    """A cosine, where it is known at all."""
+    return shown(x, 2) if x.high - x.low <= 2 else "n/a"
+
+
 def needed(ratio: Estimate) -> str:
-    return f"{IMAGES / ratio.value:,.0f}" if ratio.value > 0 else "n/a"
+    """Pictures for SNR 1, where there is any signal to be sure of."""
+    return f"{IMAGES / ratio.value:,.0f}" if ratio.low > 0 else "n/a"
 
 
 def plain_tables(bench: Bench) -> dict[str, str]:
@@ -225,7 +231,7 @@ def plain_tables(bench: Bench) -> dict[str, str]:
         snr_ratio = paired_ratio(snr(m, w), snr(m, reference))
         cos = estimate(cosine(m, w, reference))
         compute = ratio.map(lambda x, factor=whole / step_cost: x * factor)
-        rows.append([name, shown(found, 4), needed(found), shown(cos, 2), times(snr_ratio), times(ratio), times(compute)])
+        rows.append([name, shown(found, 4), needed(found), angle(cos), times(snr_ratio), times(ratio), times(compute)])
     head = [
         "estimator",
         f"SNR of {IMAGES} pictures",
@@ -251,9 +257,7 @@ def plain_tables(bench: Bench) -> dict[str, str]:
         ]
         for t in range(steps)
     ]
-    pairs = [
-        [f"{t + 1}-{u + 1}", shown(estimate(cosine(own, unit(steps, t), unit(steps, u))), 2)] for t, u in combinations(range(steps), 2)
-    ]
+    pairs = [[f"{t + 1}-{u + 1}", angle(estimate(cosine(own, unit(steps, t), unit(steps, u))))] for t, u in combinations(range(steps), 2)]
     return {
         f"Estimators at equal judged pictures ({n} batches of {IMAGES}; {n * IMAGES} pictures)": table(head, rows)
         + f"\nBest free weights per scale, fitted on one half of the batches and tested on the other: rho² ratio {best}.\n",
@@ -292,7 +296,7 @@ def tree_tables(bench: Bench) -> dict[str, str]:
                 times(ratio),
                 f"{factor:.2f}" if mode == MEAN else "",
                 times(ratio.map(lambda x, cost=cost: x * cost)),
-                shown(estimate(cosine(pool, w, first)), 2),
+                angle(estimate(cosine(pool, w, first))),
                 "" if everything else f"{like[place]:.3f}",
             ])  # fmt: skip
     head = [
@@ -331,7 +335,7 @@ def mask_table(bench: Bench) -> dict[str, str]:
     for name, w in variants.items():
         w = w.flatten()
         found, cos = estimate(snr(m, w)), estimate(cosine(m, w, reference))
-        rows.append([name, shown(found, 4), shown(cos, 2), times(rho2_ratio(m, w, reference, reference))])
+        rows.append([name, shown(found, 4), angle(cos), times(rho2_ratio(m, w, reference, reference))])
     title = f"Mask propagation where the reward is local: brightness of the left third ({len(bench.masked)} batches of {IMAGES})"
     return {title: table(["mask", "SNR", "cos to no mask", "rho² ratio"], rows)}
 
