@@ -248,7 +248,7 @@ class RasterPolicy:
         batch, copies = len(given), len(rng) // len(given)
         noise = rng.select(range(0, len(rng), copies)).at("prefix").uniform(self.layout.tokens, 2).to(self.device)
         context = corrupt(given.actions, noise, prefix_noise, self.vocab)
-        uniform = rng.at("tokens").uniform(self.layout.tokens).to(self.device).unflatten(0, (batch, copies)).transpose(1, 2)
+        uniform = rng.at("tokens").uniform(self.layout.tokens).to(self.device).unflatten(0, (batch, copies)).transpose(1, 2).contiguous()
         logits_of = self._logits_of(self.module, given.prompts, context, self._guided)
         step = given.step[0]
 
