@@ -37,7 +37,7 @@ def with_own_tokens(batch: TrainBatch, given: Rollout, group: int) -> TrainBatch
     batch = batch.rows([row for first in range(0, len(batch), group) for row in (*range(first, first + group), first)])
     rollout, judgement = batch.rollout, batch.judgement
     rollout.actions[slots] = given.actions
-    rollout.index[slots] = given.index
+    rollout.index[slots] //= group  # the picture's own address, of which `Stream.repeat` made those of its draws
     for part in (rollout.logp, rollout.sampled, rollout.sample_logp, batch.advantage, batch.weight, batch.kl_weight, batch.size):
         if part is not None:
             part[slots] = 0
