@@ -197,8 +197,8 @@ def test_values_are_middle_returns_over_the_group():
     assert pieces[0].metrics["judged"] == 8
     assert pieces[0].metrics["middle_step"] == 2
     between, within = variance_parts(reward.reshape(3, 4, 2))
-    shares = [piece.metrics.get("variance_share") for piece in pieces]
-    assert shares == [None, None, pytest.approx(max(between, 0) / (max(between, 0) + within), rel=1e-5)]
+    for name, want in (("settled", between), ("open", within)):
+        assert sum(piece.metrics[f"reward_variance/{name}"] for piece in pieces) / 3 == pytest.approx(want, rel=1e-5)
 
 
 def test_log_mean_exp_is_never_below_the_mean():
@@ -221,7 +221,7 @@ def test_failed_continuations_leave_their_prefix():
     assert piece.weight.sum(1).tolist() == [0, 3, 3, 3]
     assert piece.advantage[0].tolist() == [0, 0, 0]
     assert piece.metrics["reward_failed"] == 5 / 8
-    assert "variance_share" not in piece.metrics
+    assert "reward_variance/settled" not in piece.metrics
 
 
 def test_panw_is_normalised_inside_each_stage():

@@ -72,20 +72,16 @@ def of_prefixes(judgement: Judgement, value: Float[Tensor, " B"], copies: int) -
 
 
 def stage_metrics(value: Float[Tensor, "P G K"], m: int) -> dict[str, float]:
-    """Of the judged pictures, and not of what the stage was paid for them: `reward`, `reward_failed`, `judged` (how many)."""
+    """Of the judged pictures, and not of what the stage was paid for them: `reward`, `reward_failed`, `judged` (how many), and for K > 1
+    what of the reward's variance the first m steps settle and what they leave open: two means over prompts, whatever the pieces."""
     metrics = {"middle_step": float(m), "reward_failed": value.isnan().float().mean().item(), "judged": float(value.numel())}
     if not value.isnan().all():
         metrics["reward"] = value.nanmean().item()
+    if value.shape[2] > 1:
+        between, within = variance_parts(value)
+        if not math.isnan(between):
+            metrics |= {"reward_variance/settled": between, "reward_variance/open": within}
     return metrics
-
-
-def variance_metrics(value: Float[Tensor, "P G K"]) -> dict[str, float]:
-    """`variance_share`, the part of the reward's variance that is settled by step m, for K > 1. Of all prompts at once: it is a ratio cut
-    off at 0, and its mean over small pieces would be too large."""
-    if value.shape[2] < 2:
-        return {}
-    between, within = variance_parts(value)
-    return {} if math.isnan(between) else {"variance_share": variance_share(between, within)}
 
 
 FURTHER = "continuation"
@@ -146,7 +142,7 @@ class VARRL:
 
     def _prefix_update(self, policy: BranchingPolicy, prompts: Sequence[Prompt], judge: Judge, rng: Stream, m: int) -> Iterator[TrainBatch]:
         """P*G prefixes, K continuations of each. What is trained on holds the prefix tokens alone, so training costs no more than they do.
-        With `tree_reuse` the continuations follow, each against its siblings. The last prefixes bring `variance_share`, of all."""
+        With `tree_reuse` the continuations follow, each against its siblings."""
         config, layout, copies = self.config.grpo, policy.layout, self.config.num_continuations
         group = config.num_generations
 
@@ -171,8 +167,7 @@ class VARRL:
                 mask = union(reward_mask(config, layout, judgement) & ok[:, None])
                 batch = train_batch(config, layout, prefix, value, advantage, mask, stage="prefix")
                 seen.append(judgement.value.float().cpu().reshape(-1, group, copies))
-                settled = variance_metrics(torch.cat(seen)) if sum(map(len, seen)) == len(prompts) else {}
-                yield replace(batch, metrics={**batch.metrics, **stage_metrics(seen[-1], m), **settled})
+                yield replace(batch, metrics={**batch.metrics, **stage_metrics(seen[-1], m)})
             if self.config.tree_reuse:
                 own = [replace(judgement, value=value) for (_, judgement), (_, value) in zip(pieces, returns, strict=True)]
                 advantages = token_advantages(layout, own, reaches, self._against_siblings)
