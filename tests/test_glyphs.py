@@ -1,7 +1,6 @@
 """Pictures of letters: which fonts, which set, and that a seed says it all."""
 
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +86,6 @@ def test_no_family_is_in_two_sets():
     assert faces_of(PLAIN, "train") == faces(PLAIN)
 
 
-@pytest.mark.skipif(find_spec("fontpkg_zilla_slab") is None, reason="the packages of fonts are not installed")
 def test_the_fonts_of_the_default():
     config = GlyphsConfig()
     own = {split: faces_of(config, split) for split in SPLITS}
