@@ -46,7 +46,8 @@ class TeacherForcedTabular(TabularPolicy):
 
     def encode(self, images, prompts):
         ids = (images[:, 0, 0] * (self.vocab - 1)).round().long()
-        return replace(self.given(prompts, ids, range(len(ids)), ids.shape[1]), state=None)
+        given = self.given(prompts, ids, range(len(ids)), ids.shape[1])
+        return replace(given, logp=torch.full_like(given.logp, torch.nan), state=None)
 
     @torch.no_grad()
     def draw(self, given, rng, *, prefix_noise):

@@ -8,7 +8,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -261,19 +260,15 @@ def train(
     speak(quiet)
     demand_processes(processes, config)
     folder = run_folder(out, config.name)
-    import torch
-
     from varl.plan import plan
 
     refuse(plan(config, calibrate=False).problems)
     warn_against_probes(config, folder, probe)
-    from varl.demo import threads
     from varl.run import train as run
 
     extra = [*(["--probe", str(probe)] if probe else []), *(["--processes", str(processes)] if processes > 1 else [])]
     command = command_line("train", target, assignments, folder, extra)
-    shared = threads(max(1, torch.get_num_threads() // processes)) if processes > 1 else nullcontext()
-    with Bar(config.train.steps, training_line, shown=not quiet) as bar, shared:
+    with Bar(config.train.steps, training_line, shown=not quiet) as bar:
 
         def tick(metrics: Mapping[str, Any]) -> None:
             if bar.task is None and first_process():  # by now the directory is known to be this run's

@@ -62,10 +62,12 @@ def demo(out: Path, seed: int = 0, say: Say = log.info, tick: Tick = lambda metr
     say(f"     word accuracy {before['T1.0']['word_accuracy']:.3f} at temperature 1")
     say(f"2/4  post-training: {config.train.steps} steps")
     write_atomic(out / "command.txt", f"varl demo --out {shlex.quote(str(out))} --seed {seed}\n")
-    processes = min(available_cores(), PROCESSES)
-    with threads(available_cores() // processes):
+    with threads(available_cores()):
         outcome = train(
-            config, out, lambda metrics: tick({**metrics, "phase": "post-training", "total": config.train.steps}), processes=processes
+            config,
+            out,
+            lambda metrics: tick({**metrics, "phase": "post-training", "total": config.train.steps}),
+            processes=min(available_cores(), PROCESSES),
         )
     if not outcome.done:
         return out

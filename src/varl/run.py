@@ -209,8 +209,7 @@ class Watch:
     def _index(self, step: int) -> None:
         file = self.run.path / "pictures" / "index.json"
         steps = json.loads(file.read_text())["steps"] if file.exists() else []
-        algorithm = self.config.algorithm
-        grpo = algorithm.grpo
+        grpo = self.config.algorithm.grpo
         sizes = [h * w for h, w in self.policy.layout.grids]
         weights = panw_weights(torch.tensor([sizes], dtype=torch.float32), grpo.panw_alpha)[0].tolist()
         index = {

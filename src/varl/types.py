@@ -236,7 +236,7 @@ class TeacherForcedPolicy(Policy, Protocol):
     """What VA-pi needs: read a real picture, and draw every token from the same (noised) context."""
 
     def encode(self, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt]) -> Rollout:
-        """The pictures' own tokens as given actions, scored; nothing in it is `sampled`."""
+        """The pictures' own tokens as given actions; nothing in it is `sampled`, and nothing scored: `logp` is NaN."""
         ...
 
     def draw(self, given: Rollout, rng: Stream, *, prefix_noise: float) -> Rollout:

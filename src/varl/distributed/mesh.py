@@ -79,19 +79,21 @@ def barrier() -> None:
 @contextmanager
 def side_by_side(processes: int, work: Callable[[Seat], object]) -> Iterator[Seat]:
     """This process is the first of `processes` on this machine, which meet in a file: within, the others do `work` (picklable) at their
-    seats, with as many threads as this one has. For more than one machine there is torchrun.
+    seats, and all share the threads that this one has. For more than one machine there is torchrun.
 
     Raises VarlError where another process ended before its work was done; one that is still at it when this one fails is killed."""
     if processes == 1:
         yield torchrun_seat()
         return
-    context = multiprocessing.get_context("spawn")
+    context, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
+    each = max(1, threads // processes)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", next(name for _, name in socket.if_nameindex() if name.startswith("lo")))
     with tempfile.TemporaryDirectory(prefix="varl-") as folder:
         seats = [Seat(rank=r, size=processes, local_rank=r, meeting=f"file://{folder}/meeting") for r in range(processes)]
-        others = [context.Process(target=_work, args=(work, seat, torch.get_num_threads())) for seat in seats[1:]]
+        others = [context.Process(target=_work, args=(work, seat, each)) for seat in seats[1:]]
         for other in others:
             other.start()
+        torch.set_num_threads(each)
         try:
             yield seats[0]
             for other in others:
@@ -102,6 +104,7 @@ def side_by_side(processes: int, work: Callable[[Seat], object]) -> Iterator[Sea
                 raise VarlError(f"process {lost[0]} of this run ended early; its reason is above. The last checkpoint is whole.") from error
             raise
         finally:
+            torch.set_num_threads(threads)
             for other in others:
                 if other.exitcode is None:
                     other.kill()

@@ -204,13 +204,11 @@ class RasterPolicy:
     # -- a real picture ----------------------------------------------------------------------------------------------------------------
 
     def encode(self, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt]) -> Rollout:
-        """The pictures' own tokens as given actions, scored; nothing in it is `sampled`. The tokenizer works in fp32."""
+        """The pictures' own tokens, as `given`. The tokenizer works in fp32."""
         if tuple(images.shape[2:]) != self.module.config.image_size:
             got, want = ("x".join(map(str, size)) for size in (images.shape[2:], self.module.config.image_size))
             raise DataError(f"pictures of {got} pixels: the model was trained on {want}. Resize and crop them first.")
-        given = self.given(self._tokenize(images.to(self.device)), prompts)
-        with torch.no_grad():
-            return replace(given, logp=self.score(given).logp)
+        return self.given(self._tokenize(images.to(self.device)), prompts)
 
     @torch.no_grad()
     def _tokenize(self, images: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B L"]:
@@ -221,7 +219,7 @@ class RasterPolicy:
             return in_row_chunks(some, len(images), self._pixels)[0]
 
     def given(self, ids: Int[Tensor, "B L"], prompts: Sequence[Prompt]) -> Rollout:
-        """Tokens that are known already (from a cache) as `encode` would give them, not yet scored: `logp` is NaN."""
+        """Tokens that are known already, from a cache, as given actions; nothing in it is `sampled` or scored: `logp` is NaN."""
         low, high = int(ids.min()), int(ids.max())
         if ids.shape[1] != self.layout.tokens or not 0 <= low <= high < self.vocab:
             raise DataError(
