@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from varl.build import model_path
-from varl.checkpoints import next_scale
+from varl.checkpoints import model as model_folder
 from varl.checkpoints.folder import load_notes
 from varl.data.words import dataset, split, word_list
 from varl.pretrain.next_scale import token_loss
@@ -17,7 +17,7 @@ HELDOUT_LOSS = 1.5201
 
 
 def heldout_loss(folder):
-    model, tokenizer = next_scale.load(folder)
+    model, tokenizer = model_folder.load(folder)
     words = split(word_list(RECIPE.data), RECIPE.data)
     images, prompts = dataset(RECIPE.data, words.heldout, 64, RECIPE.data.seed + 9)
     with torch.no_grad():
@@ -26,7 +26,7 @@ def heldout_loss(folder):
 
 
 def test_its_config_and_steps_are_the_recipes():
-    model, _ = next_scale.load(model_path("bundled:words"))
+    model, _ = model_folder.load(model_path("bundled:words"))
     notes = load_notes(model_path("bundled:words"))
     assert model.config == RECIPE.model
     assert (notes["recipe"], notes["seed"], notes["step"]) == (RECIPE.name, RECIPE.seed, RECIPE.tokenizer_steps + RECIPE.steps)

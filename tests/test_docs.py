@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from test_architecture import MAY_IMPORT
-from varl.checkpoints import next_scale
+from varl.checkpoints import model as model_folder
 from varl.config import NextScaleConfig, RunConfig, TextConfig, TokenizerConfig
 from varl.data.folder import read_folder, write_folder
 from varl.errors import ConfigError
@@ -211,7 +211,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        next_scale.save(tmp_path / "my" / "model", NextScale(config), MultiScaleVQ(config.tokenizer, config.grids), {})
+        model_folder.save(tmp_path / "my" / "model", NextScale(config), MultiScaleVQ(config.tokenizer, config.grids), {})
     write_folder(tmp_path / "my" / "prompts", None, [Prompt(text=text) for text in ("FOX", "OWL", "CAT", "BEE")])
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -8,7 +8,7 @@ import torch
 
 from tabular import InstantJudge
 from tiny import TINY
-from varl.build import new_model
+from varl.checkpoints.model import fresh
 from varl.policies.next_scale import NextScalePolicy
 from varl.rewards.toy import brightness
 from varl.types import Prompt
@@ -26,7 +26,7 @@ def estimators(monkeypatch):
 
 def test_every_table_has_its_rows(estimators):
     torch.manual_seed(0)
-    bench = estimators.Bench(NextScalePolicy(*new_model(TINY)), InstantJudge(brightness), [Prompt(text="CAT"), Prompt(text="DOG")])
+    bench = estimators.Bench(NextScalePolicy(*fresh(TINY)), InstantJudge(brightness), [Prompt(text="CAT"), Prompt(text="DOG")])
     while not bench.enough:
         bench.round()
     tables = {**estimators.plain_tables(bench), **estimators.tree_tables(bench), **estimators.mask_table(bench)}

@@ -10,7 +10,7 @@ from fontTools.ttLib import TTFont
 
 from varl.config import GlyphsConfig
 from varl.data.fonts import font_path
-from varl.data.glyphs import SPLITS, dataset, faces, faces_of, family_of, font_files, prompts, scaled, split_families
+from varl.data.glyphs import SPLITS, faces, faces_of, family_of, font_files, pictures, scaled, split_families
 from varl.data.words import PALETTES
 from varl.errors import ConfigError, DataError
 
@@ -120,8 +120,14 @@ def test_a_letter_is_scaled_by_its_em_and_stands_in_the_middle(size, share, marg
     assert scaled(ink, size, share, margin).tolist() == block(*size, rows, columns)
 
 
+def drawn(config, split, n, seed):
+    """Pictures and labels."""
+    found = pictures(config, split, n, seed)
+    return found.pixels(found.prompts), torch.tensor([prompt.label for prompt in found.prompts])
+
+
 def test_pictures_are_coloured_letters():
-    images, labels = dataset(THREE, "train", 48, seed=1)
+    images, labels = drawn(THREE, "train", 48, seed=1)
     assert images.shape == (48, 3, 24, 24)
     assert images.dtype == torch.uint8
     assert labels.tolist() == list(range(12)) * 4
@@ -138,7 +144,7 @@ def test_pictures_are_coloured_letters():
 
 def test_a_letter_moves_by_the_jitter_and_is_else_the_same():
     one = replace(PLAIN, fonts=(str(font_path("thin-sans")),), palettes=("ink",), sizes=(0.8,), jitter=0)
-    still, moved = (dataset(replace(one, jitter=jitter), "train", 240, seed=0)[0] for jitter in (0, 1))
+    still, moved = (drawn(replace(one, jitter=jitter), "train", 240, seed=0)[0] for jitter in (0, 1))
     assert torch.equal(still[:12], still[12:24])
     shifts = set()
     for a, b in zip(still, moved, strict=True):
@@ -149,26 +155,33 @@ def test_a_letter_moves_by_the_jitter_and_is_else_the_same():
 
 
 def test_a_picture_depends_on_its_seed_set_and_number_alone():
-    images, labels = dataset(PLAIN, "train", 30, seed=3)
-    fewer, same = dataset(PLAIN, "train", 17, seed=3)
+    images, labels = drawn(PLAIN, "train", 30, seed=3)
+    fewer, same = drawn(PLAIN, "train", 17, seed=3)
     assert torch.equal(fewer, images[:17])
     assert torch.equal(same, labels[:17])
-    assert not torch.equal(dataset(PLAIN, "train", 30, seed=4)[0], images)
-    assert not torch.equal(dataset(THREE, "heldout", 30, seed=3)[0], images)
+    assert not torch.equal(drawn(PLAIN, "train", 30, seed=4)[0], images)
+    assert not torch.equal(drawn(THREE, "heldout", 30, seed=3)[0], images)
 
 
 def test_labels_name_the_letters_in_other_families_too():
     """The nearest mean picture of the training families tells the held-out ones' letters: labels are those of the letters, in all sets."""
     flat = replace(THREE, palettes=("ink",), jitter=0)
-    (known, label), (new, wanted) = (dataset(flat, split, 480, seed=0) for split in ("train", "heldout"))
+    (known, label), (new, wanted) = (drawn(flat, split, 480, seed=0) for split in ("train", "heldout"))
     means = torch.stack([known[label == i].float().mean(0).flatten() for i in range(12)])
     guess = torch.cdist(new.float().flatten(1), means).argmin(1)
     assert (guess == wanted).float().mean() > 0.5  # by chance 0.08
 
 
 def test_prompts_say_letter_and_label():
-    labels = dataset(PLAIN, "train", 3, seed=0)[1]
-    assert [(prompt.text, prompt.label) for prompt in prompts(PLAIN, labels)] == [("A", 0), ("B", 1), ("D", 2)]
+    found = pictures(PLAIN, "train", 3, seed=0)
+    assert [(prompt.text, prompt.label) for prompt in found.prompts] == [("A", 0), ("B", 1), ("D", 2)]
+    assert found.classes[:3] == ("A", "B", "D")
+
+
+def test_a_picture_has_an_address_of_its_own():
+    found = pictures(PLAIN, "train", 5, seed=3)
+    assert torch.equal(found.pixels(found.prompts[3:])[0], found.pixels(found.prompts)[3])
+    assert found.prompts[3].image == "glyphs:train:3#3"
 
 
 # ---- what is wrong ----------------------------------------------------------------------------------------------------------------------
@@ -197,14 +210,14 @@ def test_letters_that_no_face_has():
 
 def test_a_set_without_families():
     with pytest.raises(DataError, match="no font family is in 'judge'"):
-        dataset(PLAIN, "judge", 1, seed=0)
+        drawn(PLAIN, "judge", 1, seed=0)
     with pytest.raises(DataError, match=r"3 font families .* cannot fill 4 sets"):
-        dataset(replace(PLAIN, shares=(0.4, 0.2, 0.2, 0.2)), "train", 1, seed=0)
+        drawn(replace(PLAIN, shares=(0.4, 0.2, 0.2, 0.2)), "train", 1, seed=0)
 
 
 def test_an_unknown_palette():
     with pytest.raises(DataError, match="palette 'neon'"):
-        dataset(replace(PLAIN, palettes=("neon",)), "train", 1, seed=0)
+        drawn(replace(PLAIN, palettes=("neon",)), "train", 1, seed=0)
 
 
 @pytest.mark.parametrize(

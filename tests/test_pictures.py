@@ -10,7 +10,7 @@ from PIL import Image
 
 from varl.config import PicturesConfig
 from varl.data.folder import write_folder
-from varl.data.pictures import PictureSampler, centre_crop, in_memory, read_pictures, subset
+from varl.data.pictures import centre_crop, read_pictures, subset
 from varl.errors import ConfigError, DataError
 from varl.types import Prompt
 
@@ -23,12 +23,6 @@ def noise(height, width, seed=0):
 
 def flat(colour, size=(8, 8)):
     return Image.new("RGB", size, colour)
-
-
-def set_of(count):
-    """`count` pictures, each of one grey of its own."""
-    images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(count, 3, 2, 2)
-    return in_memory(images, [Prompt(label=i) for i in range(count)], "greys")
 
 
 # ---- the crop ---------------------------------------------------------------------------------------------------------------------------
@@ -104,13 +98,6 @@ def test_lines_with_captions(tmp_path):
     pictures = read_pictures(PicturesConfig(path=str(tmp_path), image_size=SIZE))
     assert [prompt.text for prompt in pictures.prompts] == ["a picture of 0", "a picture of 1", "a picture of 2"]
     assert torch.equal(pictures.pixels(pictures.prompts), images)
-
-
-def test_pictures_in_memory_have_addresses():
-    pictures = set_of(5)
-    assert [prompt.image for prompt in pictures.prompts] == [f"greys#{i}" for i in range(5)]
-    assert pictures.pixels(pictures.prompts[3:])[:, 0, 0, 0].tolist() == [3, 4]
-    assert len(pictures) == 5
 
 
 @pytest.fixture
@@ -201,31 +188,6 @@ def test_a_share_of_a_folder(tmp_path):
     files(tmp_path, 10)
     whole, part = (read_pictures(PicturesConfig(path=str(tmp_path), image_size=SIZE, share=share)) for share in (1.0, 0.3))
     assert part.prompts == tuple(whole.prompts[i] for i in subset(10, 0.3, seed=0))
-
-
-def test_every_picture_once_before_any_comes_again():
-    sampler = PictureSampler(set_of(10), seed=1, per_step=4)
-    drawn = [prompt.label for step in range(5) for prompt in sampler.at(step)[1]]
-    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
-    assert drawn[:10] != drawn[10:]
-
-
-def test_a_step_says_its_own_pictures():
-    images, prompts, slots = PictureSampler(set_of(10), seed=1, per_step=4).at(7)
-    assert [round(value * 255) for value in images[:, 0, 0, 0].tolist()] == [prompt.label for prompt in prompts]
-    assert slots == (0, 1, 2, 3)
-    assert PictureSampler(set_of(10), seed=1, per_step=4).at(7)[1] == prompts
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_ranks_share_a_step_and_nothing_twice(world):
-    pictures = set_of(10)
-    for step in range(6):
-        alone = PictureSampler(pictures, seed=2, per_step=4).at(step)[1]
-        parts = [PictureSampler(pictures, seed=2, per_step=4, rank=rank, world=world).at(step) for rank in range(world)]
-        assert [prompt for _, prompts, _ in parts for prompt in prompts] == alone
-        assert [slot for _, _, slots in parts for slot in slots] == [0, 1, 2, 3]
-        assert all(len(images) == len(prompts) for images, prompts, _ in parts)
 
 
 # ---- what is wrong ----------------------------------------------------------------------------------------------------------------------

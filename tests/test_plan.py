@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tiny import TINY, save_tiny, word_file
-from varl.build import new_model
+from varl.checkpoints.model import fresh
 from varl.config import (
     EvalConfig,
     FolderConfig,
@@ -148,7 +148,7 @@ def test_activations_grow_with_the_scales():
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_optimizer_bytes_are_those_of_a_real_optimizer(name):
-    model, _ = new_model(TINY)
+    model, _ = fresh(TINY)
     optimizer = build_optimizer(model, OptimConfig(name=name))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -158,7 +158,7 @@ def test_optimizer_bytes_are_those_of_a_real_optimizer(name):
 
 
 def test_memory_by_hand(config):
-    model, tokenizer = new_model(TINY)
+    model, tokenizer = fresh(TINY)
     weights = 4 * sum(p.numel() for p in model.parameters())
     found = plan(
         replace(config, train=replace(config.train, ema_decay=0.9), algorithm=replace(config.algorithm, beta=0.1)), calibrate=False

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tiny import TINY
-from varl.checkpoints import next_scale as model_folder
+from varl.checkpoints import model as model_folder
 from varl.checkpoints import run_state
 from varl.config import FolderConfig, OptimConfig, PretrainConfig, TextConfig, WordsConfig
 from varl.data.folder import write_folder

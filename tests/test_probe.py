@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tabular import InstantJudge, TabularPolicy, brightness
 from tiny import TINY, save_tiny
-from varl.build import new_model
-from varl.checkpoints import next_scale as next_scale_folder
+from varl.checkpoints import model as model_folder
+from varl.checkpoints.model import fresh
 from varl.config import (
     GRPOConfig,
     MiddleStep,
@@ -78,7 +78,7 @@ LABELS = (Prompt(label=0), Prompt(label=1))
 
 def tiny_policy() -> NextScalePolicy:
     torch.manual_seed(0)
-    return NextScalePolicy(*new_model(TINY))
+    return NextScalePolicy(*fresh(TINY))
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -534,7 +534,7 @@ def words_config(folder, algorithm: GRPOConfig | VARRLConfig = GRPOConfig()) -> 
 
 def test_probe_of_a_model_folder(tmp_path):
     policy = tiny_policy()
-    folder = next_scale_folder.save(tmp_path / "model", policy.module, policy.tokenizer, {})
+    folder = model_folder.save(tmp_path / "model", policy.module, policy.tokenizer, {})
     heard = []
     config = words_config(folder)
     content = probe(config, tmp_path / "run", minutes=0.0, tick=heard.append)
@@ -545,7 +545,7 @@ def test_probe_of_a_model_folder(tmp_path):
         assert metrics["total"] == pytest.approx(metrics["seconds"] * 8 / metrics["rounds"])
     assert not any("region_credit" in sentence for sentence in content["recommendations"])
     assert isinstance(contradictions(config, content), list)
-    again = next_scale_folder.save(tmp_path / "other", tiny_policy().module.requires_grad_(False).double(), policy.tokenizer, {})
+    again = model_folder.save(tmp_path / "other", tiny_policy().module.requires_grad_(False).double(), policy.tokenizer, {})
     assert contradictions(words_config(again, GRPOConfig(panw_alpha=9.0)), content) == []
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import toy_run
 from toy_run import ALGORITHMS, KILLS, LISTENERS, config, metrics, weights, with_steps
-from varl.checkpoints import next_scale as model_folder
+from varl.checkpoints import model as model_folder
 from varl.checkpoints import run_state
 from varl.config import EvalConfig, OCRConfig, OptimConfig, WeightedReward
 from varl.distributed.mesh import World

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from varl.build import new_model
-from varl.checkpoints import next_scale
+from varl.checkpoints import model as model_folder
+from varl.checkpoints.model import fresh
 from varl.cli import main
 from varl.config import NextScaleConfig, TextConfig, TokenizerConfig
 
@@ -25,8 +25,8 @@ TINY = NextScaleConfig(
 def save_tiny(path: Path, config: NextScaleConfig = TINY) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model, tokenizer = new_model(config)
-    return next_scale.save(path, model, tokenizer, {})
+        model, tokenizer = fresh(config)
+    return model_folder.save(path, model, tokenizer, {})
 
 
 def write_config(folder: Path, *, model: str | None = None, extra: str = "") -> Path:

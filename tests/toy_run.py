@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from varl.checkpoints import folder, next_scale
+from varl.checkpoints import folder
+from varl.checkpoints import model as model_folder
 from varl.config import (
     FolderConfig,
     GRPOConfig,
@@ -73,7 +74,7 @@ def make(home: Path) -> None:
         with torch.no_grad():
             for weight in (*model.parameters(), *tokenizer.parameters()):
                 weight.add_(0.2 * torch.randn(weight.shape))
-    next_scale.save(home / "base", model, tokenizer, {})
+    model_folder.save(home / "base", model, tokenizer, {})
     write_folder(home / "data", None, PROMPTS)
 
 

@@ -13,17 +13,19 @@ from torch import Tensor
 from varl.algorithms.grpo import GRPO
 from varl.algorithms.va_pi import VAPI
 from varl.algorithms.var_rl import VARRL
-from varl.checkpoints import next_scale as next_scale_folder
+from varl.checkpoints import model as model_folder
 from varl.checkpoints.folder import strict_load
+from varl.checkpoints.model import Pair
 from varl.checkpoints.var import read_weights
 from varl.config import (
     AlgorithmConfig,
     DataConfig,
     FolderConfig,
+    GlyphsConfig,
     GRPOConfig,
     LawConfig,
-    NextScaleConfig,
     OCRConfig,
+    PicturesConfig,
     PythonRewardConfig,
     ReconstructionConfig,
     RewardConfig,
@@ -32,19 +34,24 @@ from varl.config import (
     VARRLConfig,
     WordsConfig,
 )
+from varl.data import glyphs
 from varl.data.folder import read_folder
+from varl.data.pictures import heldout_pictures, read_pictures, together
 from varl.data.sampler import PromptSampler, shard
 from varl.data.words import prompts as word_prompts
 from varl.data.words import split, word_list
 from varl.errors import ConfigError, DataError
 from varl.models.next_scale import NextScale
+from varl.models.raster import Raster
 from varl.policies.next_scale import NextScalePolicy
+from varl.policies.raster import RasterPolicy
 from varl.rewards.judge import RewardJudge
 from varl.rewards.ocr_reward import OCRReward
 from varl.rewards.perceptual import VGG16, Heads, Maps
 from varl.rewards.reconstruction import ReconstructionReward
 from varl.rewards.toy import load_callable
 from varl.tokenizers.multiscale_vq import MultiScaleVQ
+from varl.tokenizers.vq import VQ
 from varl.types import Algorithm, BranchingPolicy, Policy, Prompt, RewardFn, TeacherForcedPolicy
 
 PicturesOf = Callable[[Sequence[Prompt]], Tensor]
@@ -65,24 +72,29 @@ def model_path(name: str) -> Path:
     return path
 
 
-def build_policy(config: RunConfig, device: torch.device, *, reference: bool) -> NextScalePolicy:
+def build_policy(config: RunConfig, device: torch.device, *, reference: bool) -> NextScalePolicy | RasterPolicy:
     """The model and its tokenizer, on the device, with a frozen copy as reference where KL needs one."""
-    model, tokenizer = next_scale_folder.load(model_path(config.model))
     dtype = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
-    policy = NextScalePolicy(model.to(device), tokenizer.to(device), sample_law=config.sample_law, score_law=config.score_law, dtype=dtype)
+    policy = new_policy(model_folder.load(model_path(config.model)), device, config.sample_law, config.score_law, dtype)
     if reference:
-        policy.reference = copy.deepcopy(model).eval().requires_grad_(False)
+        policy.reference = copy.deepcopy(policy.module).eval().requires_grad_(False)  # type: ignore[assignment]
     return policy
 
 
-def with_law(policy: NextScalePolicy, law: LawConfig) -> NextScalePolicy:
-    """The same weights, acting under another law; nothing is copied."""
-    return NextScalePolicy(policy.module, policy.tokenizer, sample_law=law, score_law=law, dtype=policy.dtype)
-
-
-def new_model(config: NextScaleConfig) -> tuple[NextScale, MultiScaleVQ]:
-    """Fresh weights from torch's global generator."""
-    return NextScale(config), MultiScaleVQ(config.tokenizer, config.grids)
+def new_policy(
+    pair: Pair,
+    device: torch.device | None = None,
+    sample_law: LawConfig = LawConfig(),
+    score_law: LawConfig = LawConfig(),
+    dtype: torch.dtype = torch.float32,
+) -> NextScalePolicy | RasterPolicy:
+    """What acts with a model and its tokenizer, moved to `device` if one is given."""
+    match pair:
+        case (NextScale() as model, MultiScaleVQ() as tokenizer):
+            return NextScalePolicy(model.to(device), tokenizer.to(device), sample_law=sample_law, score_law=score_law, dtype=dtype)
+        case (Raster() as model, VQ() as tokenizer):
+            return RasterPolicy(model.to(device), tokenizer.to(device), sample_law=sample_law, score_law=score_law, dtype=dtype)
+    assert_never(pair)
 
 
 def build_algorithm(config: AlgorithmConfig, policy: Policy, pictures: PicturesOf | None = None) -> Algorithm:
@@ -139,8 +151,8 @@ def build_reconstruction(config: ReconstructionConfig, pictures: PicturesOf) -> 
     return ReconstructionReward(config, pictures, features)
 
 
-def build_judge(config: RunConfig) -> RewardJudge:
-    return RewardJudge({name: (part.weight, build_reward(part.reward)) for name, part in config.rewards.items()})
+def build_judge(config: RunConfig, pictures: PicturesOf | None) -> RewardJudge:
+    return RewardJudge({name: (part.weight, build_reward(part.reward, pictures)) for name, part in config.rewards.items()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +162,8 @@ class PromptSets:
     train: Sequence[Prompt]
     heldout: Sequence[Prompt]
     fixed: Sequence[Prompt]
+    pictures: PicturesOf | None = None
+    """The real pictures of any of them, where the data has any."""
 
 
 def build_prompts(config: DataConfig, seed: int, heldout: int) -> PromptSets:
@@ -165,6 +179,16 @@ def build_prompts(config: DataConfig, seed: int, heldout: int) -> PromptSets:
             if not train:
                 raise DataError(f'{config.path}: prompts.jsonl is empty. Write one JSON object a line, at least {{"text": ...}}.')
             return PromptSets(train=train, heldout=held, fixed=(held or train)[:12])
+        case GlyphsConfig():
+            drawn = glyphs.pictures(config, config.split, PROMPTS, 1000 + seed)
+            shown = glyphs.pictures(config, "heldout", heldout, config.seed + 77)
+            return PromptSets(train=drawn.prompts, heldout=shown.prompts, fixed=shown.prompts[:12], pictures=together(drawn, shown))
+        case PicturesConfig():
+            real, others = read_pictures(config), heldout_pictures(config, heldout)
+            held = others.prompts if others else ()
+            some = held or real.prompts
+            fixed = some[:: max(1, len(some) // 12)][:12]
+            return PromptSets(train=real.prompts, heldout=held, fixed=fixed, pictures=together(real, *([others] if others else [])))
     assert_never(config)
 
 

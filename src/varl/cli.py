@@ -18,10 +18,10 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from varl.config import LawConfig, NextScaleConfig, PretrainConfig, RunConfig
+from varl.config import LawConfig, PretrainConfig, RunConfig
 from varl.errors import ConfigError, VarlError
 from varl.recipes import describe, recipe
-from varl.settings import from_yaml, override
+from varl.settings import from_yaml, model_from_yaml, override
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -400,7 +400,7 @@ def evaluate(
     run = path.parent if path == Path(target) / "model" else None
     file = out or (run or Path()) / "eval.json"
     demand_file(file)
-    data = load(str(run / "config.yaml"), ()).data if run else words_of(from_yaml(load_config(path), NextScaleConfig))
+    data = load(str(run / "config.yaml"), ()).data if run else words_of(model_from_yaml(load_config(path)))
     heldout = build_prompts(data, 0, samples).heldout
     if not heldout:
         raise ConfigError(
@@ -538,11 +538,11 @@ def convert(
     out: Annotated[Path, typer.Option("--out", help="The model folder.")],
 ) -> None:
     """A released VAR checkpoint as a model folder."""
-    from varl.checkpoints import next_scale
+    from varl.checkpoints import model as model_folder
     from varl.checkpoints.var import load_var
 
     model, vq = load_var(transformer, tokenizer)
-    typer.echo(str(next_scale.save(out, model, vq, {"converted": [transformer.name, tokenizer.name]})))
+    typer.echo(str(model_folder.save(out, model, vq, {"converted": [transformer.name, tokenizer.name]})))
 
 
 if __name__ == "__main__":

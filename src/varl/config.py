@@ -162,6 +162,30 @@ class RasterConfig:
 
 
 ModelConfig = NextScaleConfig | RasterConfig
+"""Of what a policy acts with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassifierConfig:
+    """A small convolutional network that names what a picture shows. Its feature maps say how alike two pictures are, its last features how
+    alike two sets of pictures are."""
+
+    num_classes: int
+    image_size: tuple[int, int]
+    """(H, W) in pixels."""
+    widths: tuple[int, ...] = (16, 32, 64)
+    """Channels of each convolution; each after the first sees the picture at half the size. The last is the number of features."""
+
+    def __post_init__(self) -> None:
+        _demand("model.num_classes", self.num_classes, self.num_classes >= 2, "2 or more")
+        if not self.widths or min(self.widths) < 1:
+            raise ConfigError(f"model.widths={list(self.widths)}: needs one convolution at least, of 1 channel or more.")
+        smallest = 2 ** (len(self.widths) - 1)
+        if min(self.image_size) < smallest:
+            raise ConfigError(
+                f"model.image_size={list(self.image_size)}: {len(self.widths)} convolutions halve it {len(self.widths) - 1} times. Give "
+                f"{smallest} pixels a side or more, or fewer widths."
+            )
 
 
 # ---- laws ---------------------------------------------------------------------------------------------------------------------------
@@ -407,6 +431,8 @@ class GlyphsConfig:
     """Where font files lie: names of installed packages, paths of folders, or of files."""
     shares: tuple[float, float, float, float] = (0.4, 0.2, 0.2, 0.2)
     """Of the families: to train on, for the network that rewards, for the network that judges, and held out."""
+    split: Literal["train", "reward", "judge"] = "train"
+    """Which of the first three sets is trained on."""
     palettes: tuple[str, ...] = ("ink", "night", "sea", "fire", "moss", "candy")
     """Colour pairs, letter on ground."""
     sizes: tuple[float, ...] = (0.8, 0.86, 0.92)
@@ -436,6 +462,10 @@ class PicturesConfig:
     path: str
     image_size: tuple[int, int] = (256, 256)
     """(H, W) in pixels, to which pictures are scaled and cut from the middle (as ADM does, arXiv 2105.05233)."""
+    heldout: str | None = None
+    """Other such pictures, for evaluation."""
+    tokens: str | None = None
+    """Folder in which the pictures' tokens are kept, so that each picture is encoded once."""
     share: float = 1.0
     """Use this share of the pictures; VA-pi (arXiv 2512.19680) learns from 0.01 of ImageNet."""
     seed: int = 0
@@ -451,7 +481,7 @@ class PicturesConfig:
             raise ConfigError(f"pictures.image_size={self.image_size}: must be (height, width), 1 pixel or more each.")
 
 
-DataConfig = WordsConfig | FolderConfig
+DataConfig = WordsConfig | FolderConfig | GlyphsConfig | PicturesConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -626,11 +656,30 @@ class RunConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PixelLossConfig:
+    """A loss on the pixels of what is drawn in the context of a real picture: the baselines of VA-pi (arXiv 2512.19680, appendix C)."""
+
+    trains: Literal["transformer", "decoder"]
+    """transformer: through the decoder and a straight-through one-hot (C.1); decoder: the tokenizer's, on drawn tokens, the transformer
+    frozen (C.2)."""
+    reconstruction: ReconstructionConfig = ReconstructionConfig()
+    """Minus this reward is the loss."""
+    temperature: float = 1.0
+    """Of the softmax whose derivative stands for that of the one-hot."""
+    prior_weight: float = 0.0
+    """Weight of the cross-entropy of the picture's own tokens in that context, in nats per token."""
+
+    def __post_init__(self) -> None:
+        _demand("pixel_loss.temperature", self.temperature, self.temperature > 0, "above 0")
+        _demand("pixel_loss.prior_weight", self.prior_weight, self.prior_weight >= 0, "0 (none) or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PretrainConfig:
-    """A base model from scratch: tokenizer, then transformer."""
+    """A base model from scratch: tokenizer, then transformer; or a classifier."""
 
     name: str = "base"
-    model: NextScaleConfig
+    model: NextScaleConfig | RasterConfig | ClassifierConfig
     data: DataConfig = WordsConfig()
     pictures: int = 4096
     """Distinct training pictures, rendered once."""
@@ -646,6 +695,8 @@ class PretrainConfig:
     """Share of training prompts replaced by the empty prompt, for guidance."""
     init: str | None = None
     """Go on from this model folder: tokenizer kept, transformer trained on."""
+    pixel_loss: PixelLossConfig | None = None
+    """Instead of the tokens' cross-entropy; for a raster model that goes on."""
     max_cpu_seconds: float = 0.0
     """Stop the transformer after so much CPU time of this process, over interruptions; 0 is no limit."""
     save_every: int = 200

@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 
-from varl.build import build_prompts, model_path, with_law
-from varl.checkpoints import next_scale as model_folder
+from varl.build import build_prompts, model_path, new_policy
+from varl.checkpoints import model as model_folder
 from varl.checkpoints.folder import load_notes
 from varl.config import LawConfig, OCRConfig, PretrainConfig, RunConfig, WordsConfig
 from varl.eval.words import Sample, draw_sample, reading_metrics, token_diversity
-from varl.policies.next_scale import NextScalePolicy
 from varl.pretrain.run import pretrain
 from varl.recipes import pretrain as pretrain_recipes
 from varl.recipes import var_rl
@@ -109,8 +108,7 @@ def evaluate(folder: Path, *, config: RunConfig, cache: Path, engine: str, secon
     done = cache.with_suffix(".json")
     if done.exists():
         return json.loads(done.read_text())
-    model, tokenizer = model_folder.load(folder)
-    policy = NextScalePolicy(model, tokenizer)
+    policy = new_policy(model_folder.load(folder))
     held = build_prompts(config.data, config.seed, WORDS).heldout
     results: dict[str, dict[str, float]] = {}
     drawn = 0
@@ -124,7 +122,7 @@ def evaluate(folder: Path, *, config: RunConfig, cache: Path, engine: str, secon
     try:
         for temperature in TEMPERATURES:
             law = LawConfig(temperature=temperature)
-            sample = draw_sample(with_law(policy, law), held, copies=COPIES, seed=EVAL_SEED, tick=count)
+            sample = draw_sample(policy.under(law), held, copies=COPIES, seed=EVAL_SEED, tick=count)
             judgement = judge_now(reward, sample.images, sample.prompts)
             diversity = token_diversity(sample.actions, COPIES)
             results[f"T{temperature}"] = {**reading_metrics(judgement.parts, COPIES), "token_diversity": diversity}

@@ -478,10 +478,10 @@ def probe(config: RunConfig, out: Path, *, minutes: float = 3.0, tick: Tick = la
     device = device_of(config.train.device)
     model = model_identity(model_path(config.model))
     policy = build_policy(config, device, reference=needs_reference(config.algorithm))
-    judge = build_judge(config)
+    prompts = build_prompts(config.data, config.seed, config.eval.samples)
+    judge = build_judge(config, prompts.pictures)
     try:
-        prompts = build_prompts(config.data, config.seed, config.eval.samples).train
-        content = measure(Probe(policy, judge, prompts, seed=config.seed, rows=config.train.rollouts_per_backward), 60 * minutes, tick)
+        content = measure(Probe(policy, judge, prompts.train, seed=config.seed, rows=config.train.rollouts_per_backward), 60 * minutes, tick)
     finally:
         judge.close()
     grpo = config.algorithm.grpo

@@ -17,19 +17,29 @@ import torch
 from torch import Tensor
 
 from varl.algorithms.panw import panw_weights
-from varl.build import PromptSets, build_algorithm, build_judge, build_policy, build_prompts, build_sampler, needs_reference
-from varl.checkpoints import next_scale as next_scale_folder
+from varl.build import (
+    PromptSets,
+    build_algorithm,
+    build_judge,
+    build_policy,
+    build_prompts,
+    build_sampler,
+    demand_pictures,
+    needs_reference,
+)
+from varl.checkpoints import model as model_folder
 from varl.checkpoints import run_state
 from varl.checkpoints.folder import write_bytes
-from varl.config import RunConfig, VARRLConfig
+from varl.config import RunConfig, VAPIConfig, VARRLConfig
 from varl.distributed import mesh
 from varl.distributed.reduce import all_sum
 from varl.errors import ConfigError
+from varl.eval.pictures import teacher_forced_metrics
 from varl.eval.words import draw_sample, reading_metrics, token_diversity
 from varl.rng import Stream
 from varl.train.loop import STOPPED, Metrics, Progress, Trainer
 from varl.train.record import RunDirectory, save_picture
-from varl.types import Judge, Judgement, Policy, Prompt, TrainBatch
+from varl.types import Judge, Judgement, Policy, Prompt, TeacherForcedPolicy, TrainBatch
 
 Tick = Callable[[Metrics], None]
 
@@ -66,9 +76,9 @@ def _train(config: RunConfig, out: Path, tick: Tick, seat: mesh.Seat) -> Outcome
         at_end.callback(run.close)
         built = build_policy(config, world.device, reference=needs_reference(config.algorithm))
         policy = cast(Policy, built)
-        algorithm = build_algorithm(config.algorithm, policy)
+        algorithm = build_algorithm(config.algorithm, policy, prompts.pictures)
         children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-        judge = build_judge(config)
+        judge = build_judge(config, prompts.pictures)
         at_end.callback(judge.close)
         trainer = Trainer(
             config.train,
@@ -105,7 +115,7 @@ def _train(config: RunConfig, out: Path, tick: Tick, seat: mesh.Seat) -> Outcome
             run.event("stop", reason)
             save(trainer, checkpoints, config.train.keep)
             with trainer.ema.swapped(policy.module) if trainer.ema else nullcontext():
-                next_scale_folder.save(out / "model", built.module, built.tokenizer, notes(trainer, config))
+                model_folder.save(out / "model", built.module, built.tokenizer, notes(trainer, config))
         return Outcome(reason=reason, model=out / "model", done=reason != STOPPED, progress=trainer.progress)
 
 
@@ -176,7 +186,12 @@ class Watch:
         return self.evaluate() if every and step % every == 0 else {}
 
     def evaluate(self) -> Metrics:
+        """Of draws in the context of held-out pictures where the run learns from such draws, else of pictures drawn from nothing."""
         c = self.config.eval
+        if isinstance(self.config.algorithm, VAPIConfig):
+            teacher, pictures = cast(TeacherForcedPolicy, self.policy), demand_pictures("va_pi", self.prompts.pictures)
+            found = teacher_forced_metrics(teacher, self.prompts.heldout, pictures, self.judge, seed=c.seed, batch=c.batch)
+            return {f"eval/{name}": value for name, value in found.items()}
         sample = draw_sample(self.policy, self.prompts.heldout, copies=2, seed=c.seed, batch=c.batch)
         judgement = self.judge.submit(sample.images, sample.prompts).result()
         parts = {name.rpartition("/")[2]: part for name, part in judgement.parts.items()}

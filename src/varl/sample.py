@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from varl.build import model_path, with_law
-from varl.checkpoints import next_scale as next_scale_folder
-from varl.config import LawConfig, NextScaleConfig, OCRConfig, WordsConfig
+from varl.build import model_path, new_policy
+from varl.checkpoints import model as model_folder
+from varl.config import LawConfig, ModelConfig, NextScaleConfig, OCRConfig, WordsConfig
 from varl.data.fonts import FACES
 from varl.data.words import PALETTES
 from varl.errors import ConfigError
 from varl.eval.words import draw_sample, reading_metrics, token_diversity
 from varl.policies.next_scale import NextScalePolicy
+from varl.policies.raster import RasterPolicy
 from varl.rewards.judge import judge_now
 from varl.rewards.ocr_reward import OCRReward
 from varl.train.record import picture_grid
@@ -30,11 +31,9 @@ def find_model(name: str) -> Path:
     return inside if (inside / "config.yaml").is_file() else model_path(name)
 
 
-def load_policy(path: Path, law: LawConfig = LawConfig()) -> NextScalePolicy:
+def load_policy(path: Path, law: LawConfig = LawConfig()) -> NextScalePolicy | RasterPolicy:
     """The model at `path` on the GPU if there is one, drawing under `law`."""
-    model, tokenizer = next_scale_folder.load(path)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return NextScalePolicy(model.to(device), tokenizer.to(device), sample_law=law, score_law=law)
+    return new_policy(model_folder.load(path), torch.device("cuda" if torch.cuda.is_available() else "cpu"), law, law)
 
 
 def text_prompt(text: str, style: Sequence[str] = ()) -> Prompt:
@@ -43,7 +42,7 @@ def text_prompt(text: str, style: Sequence[str] = ()) -> Prompt:
     return Prompt(text=text, style=tuple(style), regions=regions)
 
 
-def draw_grid(policy: NextScalePolicy, prompts: Sequence[Prompt], copies: int, seed: int, out: Path) -> None:
+def draw_grid(policy: NextScalePolicy | RasterPolicy, prompts: Sequence[Prompt], copies: int, seed: int, out: Path) -> None:
     """`copies` pictures of each prompt as one PNG; the same seed gives the same pictures."""
     classes = policy.module.config.num_classes
     for prompt in prompts:
@@ -57,12 +56,10 @@ def draw_grid(policy: NextScalePolicy, prompts: Sequence[Prompt], copies: int, s
     picture_grid(sample.images, captions).save(out, format="PNG")
 
 
-def words_of(config: NextScaleConfig) -> WordsConfig:
-    """The words that a text-conditional model can be asked for, with the faces and palettes among its styles."""
-    if config.text is None:
-        raise ConfigError(
-            "this model draws classes and reads no text, so there are no words to evaluate it on. Use a text-conditional model."
-        )
+def words_of(config: ModelConfig) -> WordsConfig:
+    """The words that a model that reads characters can be asked for, with the faces and palettes among its styles."""
+    if not isinstance(config, NextScaleConfig) or config.text is None:
+        raise ConfigError("this model reads no characters, so there are no words to evaluate it on. Use one that does.")
     standard = WordsConfig()
     return WordsConfig(
         image_size=config.image_size,
@@ -73,7 +70,7 @@ def words_of(config: NextScaleConfig) -> WordsConfig:
 
 
 def evaluate(
-    policy: NextScalePolicy, prompts: Sequence[Prompt], *, temperatures: Sequence[float], judges: Sequence[str], seed: int
+    policy: NextScalePolicy | RasterPolicy, prompts: Sequence[Prompt], *, temperatures: Sequence[float], judges: Sequence[str], seed: int
 ) -> list[dict[str, Any]]:
     """A row for each temperature and judge: word_accuracy and ned with 95% half-widths, failed readings, diversity of tokens. All judges
     read the same pictures, two of each prompt."""
@@ -83,7 +80,7 @@ def evaluate(
         configs = [OCRConfig(engine=judge, letters=letters) for judge in judges]  # type: ignore[arg-type]
         rewards = [opened.enter_context(closing(OCRReward(config))) for config in configs]
         for temperature in temperatures:
-            sample = draw_sample(with_law(policy, LawConfig(temperature=temperature)), prompts, copies=COPIES, seed=seed)
+            sample = draw_sample(policy.under(LawConfig(temperature=temperature)), prompts, copies=COPIES, seed=seed)
             diversity = token_diversity(sample.actions, COPIES)
             for reward in rewards:
                 parts = judge_now(reward, sample.images, sample.prompts).parts

@@ -10,11 +10,14 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from varl.config import (
+    ClassifierConfig,
     FolderConfig,
+    GlyphsConfig,
     GRPOConfig,
     ModelConfig,
     NextScaleConfig,
     OCRConfig,
+    PicturesConfig,
     PythonRewardConfig,
     RasterConfig,
     ReconstructionConfig,
@@ -30,12 +33,15 @@ KINDS: dict[type, str] = {
     VARRLConfig: "var_rl",
     WordsConfig: "words",
     FolderConfig: "folder",
+    GlyphsConfig: "glyphs",
+    PicturesConfig: "pictures",
     OCRConfig: "ocr",
     PythonRewardConfig: "python",
     VAPIConfig: "va_pi",
     ReconstructionConfig: "reconstruction",
     NextScaleConfig: "next_scale",
     RasterConfig: "raster",
+    ClassifierConfig: "classifier",
 }
 """What `kind:` says in YAML where a setting may be of several classes."""
 

@@ -4,18 +4,18 @@ rewards, for the network that judges, or held out."""
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 from PIL import Image, ImageFont
-from torch import Tensor
 
 from varl.config import GlyphsConfig
+from varl.data.pictures import Pictures
 from varl.data.words import FAINTEST, Line, ink_of, paint
 from varl.errors import DataError
 from varl.rng import generator
@@ -220,28 +220,38 @@ def _lines(face: Face, letters: str, image_size: tuple[int, int], sizes: tuple[f
     return tuple(rows)
 
 
-def dataset(config: GlyphsConfig, split: Split, n: int, seed: int) -> tuple[UInt8[Tensor, "N 3 H W"], Int[Tensor, " N"]]:
-    """`n` pictures of one set and their labels, 0 1 2 ... in turn. Each picture's family, face, size, palette and shift are drawn evenly;
-    picture i depends on (config, split, seed, i) alone."""
+@lru_cache(maxsize=16)
+def _kinds(config: GlyphsConfig, split: Split) -> tuple[tuple[Face, ...], ...]:
+    """The faces of one set, family by family."""
     families: dict[str, list[Face]] = {}
     for face in faces_of(config, split):
         families.setdefault(face.family, []).append(face)
     if not families:
         raise DataError(f"glyphs.shares={config.shares}: no font family is in {split!r}. Give it a share.")
-    kinds, moves = list(families.values()), 2 * config.jitter + 1
-    images = np.empty((n, *config.image_size, 3), np.uint8)
-    for index in range(n):
-        draw = torch.rand(6, generator=generator(seed, "glyphs", split, index), dtype=torch.float64).tolist()
-        kind = kinds[int(draw[0] * len(kinds))]
-        face = kind[int(draw[1] * len(kind))]
-        lines = _lines(face, config.letters, config.image_size, config.sizes, config.jitter)[index % len(config.letters)]
-        line = lines[int(draw[2] * len(lines))]
-        down, across = (int(share * moves) - config.jitter for share in draw[4:])
-        palette = config.palettes[int(draw[3] * len(config.palettes))]
-        images[index] = paint([replace(line, top=line.top + down, left=line.left + across)], palette, config.image_size)
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.arange(n) % len(config.letters)
+    return tuple(map(tuple, families.values()))
 
 
-def prompts(config: GlyphsConfig, labels: Int[Tensor, " N"]) -> list[Prompt]:
-    """What pictures with these labels show."""
-    return [Prompt(text=config.letters[label], label=label) for label in labels.tolist()]
+def draw(config: GlyphsConfig, split: Split, seed: int, index: int) -> UInt8[np.ndarray, "H W 3"]:
+    """Picture `index` of one set: of letter index mod their number. Its family, face, size, palette and shift are drawn evenly."""
+    kinds, moves = _kinds(config, split), 2 * config.jitter + 1
+    share = torch.rand(6, generator=generator(seed, "glyphs", split, index), dtype=torch.float64).tolist()
+    kind = kinds[int(share[0] * len(kinds))]
+    face = kind[int(share[1] * len(kind))]
+    lines = _lines(face, config.letters, config.image_size, config.sizes, config.jitter)[index % len(config.letters)]
+    line = lines[int(share[2] * len(lines))]
+    down, across = (int(part * moves) - config.jitter for part in share[4:])
+    palette = config.palettes[int(share[3] * len(config.palettes))]
+    return paint([replace(line, top=line.top + down, left=line.left + across)], palette, config.image_size)
+
+
+def pictures(config: GlyphsConfig, split: Split, n: int, seed: int) -> Pictures:
+    """`n` pictures of one set, labels 0 1 2 ... in turn, each drawn when it is read."""
+    _kinds(config, split)
+    letters, name = config.letters, f"glyphs:{split}:{seed}"
+    prompts = tuple(Prompt(text=letters[i % len(letters)], label=i % len(letters), image=f"{name}#{i}") for i in range(n))
+    read = partial(_read, config, split, seed)
+    return Pictures(prompts=prompts, classes=tuple(letters), image_size=config.image_size, read=read)
+
+
+def _read(config: GlyphsConfig, split: Split, seed: int, address: str) -> UInt8[np.ndarray, "H W 3"]:
+    return draw(config, split, seed, int(address.rpartition("#")[2]))

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from varl.config import PicturesConfig
 from varl.data.folder import PROMPTS, open_rgb, path_of, read_folder
-from varl.data.sampler import PromptSampler, shard
 from varl.data.words import as_float
 from varl.errors import DataError
 from varl.rng import generator
@@ -56,27 +55,6 @@ class Pictures:
         return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
 
 
-class PictureSampler:
-    """`per_step` pictures for each step, of which this rank reads its own: every picture once before any comes again, in a new order each
-    epoch. A step's pictures are a function of the step alone, and those of all ranks together of neither rank nor world."""
-
-    def __init__(self, pictures: Pictures, *, seed: int, per_step: int, rank: int = 0, world: int = 1) -> None:
-        self.pictures, self.rank, self.world = pictures, rank, world
-        self.prompts = PromptSampler(pictures.prompts, seed=seed, per_step=per_step)
-
-    def at(self, step: int) -> tuple[Float[Tensor, "B 3 H W"], list[Prompt], tuple[int, ...]]:
-        """This rank's pictures of step `step`, counted from 0, their prompts, and their slots among all ranks'."""
-        prompts, slots = shard(self.prompts.at(step), self.rank, self.world)
-        return self.pictures.images(prompts), prompts, slots
-
-
-def in_memory(images: UInt8[Tensor, "N 3 H W"], prompts: Sequence[Prompt], name: str, classes: Sequence[str] = ()) -> Pictures:
-    """Pictures that were drawn here; their addresses are `name#0`, `name#1`, ..."""
-    rows = {f"{name}#{i}": image for i, image in enumerate(images.permute(0, 2, 3, 1).numpy())}
-    addressed = tuple(replace(prompt, image=address) for prompt, address in zip(prompts, rows, strict=True))
-    return Pictures(prompts=addressed, classes=tuple(classes), image_size=(images.shape[2], images.shape[3]), read=rows.__getitem__)
-
-
 def read_pictures(config: PicturesConfig) -> Pictures:
     """The pictures at `config.path`, `config.share` of them, listed but not yet opened: a folder with prompts.jsonl, a saved data set, a
     folder with a sub-folder for each class (labels in the order of the names), or a folder of pictures."""
@@ -100,6 +78,28 @@ def read_pictures(config: PicturesConfig) -> Pictures:
         image_size=config.image_size,
         read=lambda address: centre_crop(opened(address), config.image_size),
     )
+
+
+def heldout_pictures(config: PicturesConfig, most: int) -> Pictures | None:
+    """Some of the pictures at `config.heldout`, `most` at most and from all over them; None where there are none."""
+    if config.heldout is None:
+        return None
+    found = read_pictures(replace(config, path=config.heldout, heldout=None, share=1.0))
+    some = subset(len(found), min(1.0, most / len(found)), config.seed)
+    return replace(found, prompts=tuple(found.prompts[i] for i in some))
+
+
+def together(*parts: Pictures) -> Callable[[Sequence[Prompt]], Float[Tensor, "B 3 H W"]]:
+    """From prompts of any of the parts to their pictures, in [0, 1]."""
+    source = {prompt.image: part for part in parts for prompt in part.prompts}
+
+    def images(prompts: Sequence[Prompt]) -> Float[Tensor, "B 3 H W"]:
+        for prompt in prompts:
+            if path_of(prompt) not in source:
+                raise DataError(f"picture {prompt.image}: is not one of this data. Ask for the data's own prompts.")
+        return torch.cat([source[prompt.image].images([prompt]) for prompt in prompts])
+
+    return images
 
 
 def subset(count: int, share: float, seed: int) -> list[int]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from varl.build import needs_reference, new_model
+from varl.build import needs_reference
 from varl.config import NextScaleConfig, OptimConfig, PretrainConfig, RunConfig, VARRLConfig
 from varl.errors import ConfigError
 from varl.models.next_scale import NextScale
@@ -31,7 +31,7 @@ WHOLE = "whole pictures"
 
 def without_memory(config: NextScaleConfig) -> tuple[NextScale, MultiScaleVQ]:
     with torch.device("meta"):
-        return new_model(config)
+        return fresh(config)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,9 @@
 """A next-scale model behind `BranchingPolicy`: act scale by scale, stop at any scale, fork the cache there, replay in one pass."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from jaxtyping import Float, Int
@@ -65,8 +67,18 @@ class NextScalePolicy:
         self.layout = Layout(grids=model.config.grids, steps=len(model.config.grids))
         self.reference: NextScale | None = None
         """A frozen model of the same shape; set it to have `Score.kl` and `Score.ref_logp`."""
-        laws = {"sample_law": sample_law, "score_law": score_law}
-        require_laws(laws, self.layout.steps, "scale", model.config.tokenizer.vocab)
+        self._check_laws()
+
+    def under(self, law: LawConfig) -> Self:
+        """The same weights, drawing and scoring under another law."""
+        other = copy.copy(self)
+        other.sample_law = other.score_law = law
+        other._check_laws()
+        return other
+
+    def _check_laws(self) -> None:
+        laws = {"sample_law": self.sample_law, "score_law": self.score_law}
+        require_laws(laws, self.layout.steps, "scale", self.module.config.tokenizer.vocab)
 
     @property
     def device(self) -> torch.device:

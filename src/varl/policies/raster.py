@@ -1,8 +1,10 @@
 """A raster model behind `BranchingPolicy` and `TeacherForcedPolicy`: act token by token, stop at any, replay in one pass, or draw all
 tokens of a picture at once, each given a real picture's tokens before it."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -89,13 +91,24 @@ class RasterPolicy:
         self.layout = Layout(grids=(model.config.grid,), steps=model.tokens)
         self.reference: Raster | None = None
         """A frozen model of the same shape; set it to have `Score.kl` and `Score.ref_logp`."""
-        require_laws({"sample_law": sample_law, "score_law": score_law}, model.tokens, "token", self.vocab)
+        self._check_laws()
         if model.config.captions is not None and captions is None:
             raise ConfigError("this model reads captions and the policy has no encoder for them. Give `captions`, from texts to features.")
 
     @property
     def vocab(self) -> int:
         return self.module.config.tokenizer.vocab
+
+    def under(self, law: LawConfig) -> Self:
+        """The same weights, drawing and scoring under another law."""
+        other = copy.copy(self)
+        other.sample_law = other.score_law = law
+        other._check_laws()
+        return other
+
+    def _check_laws(self) -> None:
+        laws = {"sample_law": self.sample_law, "score_law": self.score_law}
+        require_laws(laws, self.layout.steps, "token", self.module.config.tokenizer.vocab)
 
     @property
     def device(self) -> torch.device:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor, nn
 
-from varl.checkpoints import next_scale as model_folder
+from varl.checkpoints import model as model_folder
 from varl.checkpoints import run_state
 from varl.config import FolderConfig, OptimConfig, PretrainConfig, WordsConfig
 from varl.data.folder import load_images, read_folder

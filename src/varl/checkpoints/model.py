@@ -1,0 +1,49 @@
+"""A model and its tokenizer as a model folder, of whichever family."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from varl.checkpoints.folder import load_config, load_tensors, save_model, strict_load
+from varl.config import ModelConfig, NextScaleConfig, RasterConfig
+from varl.models.next_scale import NextScale
+from varl.models.raster import Raster
+from varl.settings import model_from_yaml, model_to_yaml
+from varl.tokenizers.multiscale_vq import MultiScaleVQ
+from varl.tokenizers.vq import VQ
+
+Pair = tuple[NextScale, MultiScaleVQ] | tuple[Raster, VQ]
+"""A model and the tokenizer that it was trained with."""
+
+
+def save(path: Path | str, model: NextScale | Raster, tokenizer: nn.Module, notes: Mapping[str, Any]) -> Path:
+    """config.yaml, model.safetensors, tokenizer.safetensors, manifest.json; written whole or not at all."""
+    return save_model(path, model_to_yaml(model.config), {"model": model.state_dict(), "tokenizer": tokenizer.state_dict()}, notes)
+
+
+def load(path: Path | str) -> Pair:
+    """Strict: every key accounted for, every hash checked, the config checked before any weight is read."""
+    pair = unfilled(model_from_yaml(load_config(path)))
+    for module, name in zip(pair, ("model", "tokenizer"), strict=True):
+        strict_load(module, load_tensors(path, name), f"{path}/{name}.safetensors")
+    return pair
+
+
+def unfilled(config: ModelConfig) -> Pair:
+    """Both on the CPU, weights still to be loaded."""
+    match config:
+        case NextScaleConfig():
+            return NextScale.unfilled(config), MultiScaleVQ(config.tokenizer, config.grids)
+        case RasterConfig():
+            return Raster.unfilled(config), VQ(config.tokenizer)
+
+
+def fresh(config: ModelConfig) -> Pair:
+    """Both with weights from torch's global generator."""
+    match config:
+        case NextScaleConfig():
+            return NextScale(config), MultiScaleVQ(config.tokenizer, config.grids)
+        case RasterConfig():
+            return Raster(config), VQ(config.tokenizer)
