@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
 
 import torch
 from jaxtyping import Float, Int
@@ -69,7 +68,7 @@ class NextScalePolicy:
         """A frozen model of the same shape; set it to have `Score.kl` and `Score.ref_logp`."""
         self._check_laws()
 
-    def under(self, law: LawConfig) -> Self:
+    def under(self, law: LawConfig) -> "NextScalePolicy":
         """The same weights, drawing and scoring under another law."""
         other = copy.copy(self)
         other.sample_law = other.score_law = law

@@ -4,7 +4,6 @@ tokens of a picture at once, each given a real picture's tokens before it."""
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +98,7 @@ class RasterPolicy:
     def vocab(self) -> int:
         return self.module.config.tokenizer.vocab
 
-    def under(self, law: LawConfig) -> Self:
+    def under(self, law: LawConfig) -> "RasterPolicy":
         """The same weights, drawing and scoring under another law."""
         other = copy.copy(self)
         other.sample_law = other.score_law = law
