@@ -115,6 +115,10 @@ def test_every_field_of_every_class_survives(cls):
 def needed(cls):
     if cls is configs.RasterConfig:
         return {"num_classes": 3}
+    if cls is configs.ClassifierConfig:
+        return {"num_classes": 3, "image_size": (16, 16)}
+    if cls is configs.PixelLossConfig:
+        return {"trains": "decoder"}
     return {"path": "p"} if cls in (FolderConfig, configs.PicturesConfig) else {"target": "a:b"} if cls is PythonRewardConfig else {}
 
 
