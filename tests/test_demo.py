@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from varl import demo
+from varl.demo import words as demo
 from varl.recipes import var_rl
 
 pytest.importorskip("rapidocr")

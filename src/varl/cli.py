@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 import yaml
@@ -510,24 +510,27 @@ def parity(folder: Path) -> None:
 
 
 @app.command()
-def demo(out: Annotated[Path, typer.Option("--out")] = Path("runs/demo"), seed: int = 0, quiet: Quiet = False) -> None:
-    """The bundled words model, post-trained and measured before, after and against its control. Goes on where it stopped."""
+def demo(
+    which: Annotated[
+        Literal["words", "va-pi"], typer.Argument(help="words: to be read by OCR; va-pi: letters, aligned with pixels.")
+    ] = "words",
+    out: Annotated[Path | None, typer.Option("--out", help="Run directory; runs/demo or runs/demo-va-pi if not given.")] = None,
+    seed: int = 0,
+    quiet: Quiet = False,
+) -> None:
+    """A small bundled model, post-trained and measured before, after and against its controls. Goes on where it stopped."""
     speak(quiet)
-    from varl.demo import demo as run
+    from varl.demo import va_pi, words
 
-    folder = run_folder(out, "demo", "eval")  # it measures the base model first
+    one = {"words": words, "va-pi": va_pi}[which]
+    folder = run_folder(out or Path("runs") / ("demo" if which == "words" else "demo-va-pi"), "demo", "eval")  # the base is measured first
     with Bar(None, lambda metrics: training_line(metrics) or measured_line(metrics), shown=not quiet) as bar:
-        found = run(folder, seed, err_console.print, bar.tick)
+        found = one.demo(folder, seed, err_console.print, bar.tick)
     if not (found / "summary.json").exists():
-        typer.echo(f"stopped and saved; the same command goes on: varl demo --out {shlex.quote(str(folder))} --seed {seed}")
+        typer.echo(f"stopped and saved; the same command goes on: varl demo {which} --out {shlex.quote(str(folder))} --seed {seed}")
         return
-    summary = json.loads((found / "summary.json").read_text())
-    for name in ("word_accuracy", "word_accuracy_{}_best_temperature", "second_judge", "token_diversity"):
-        key = name if "{}" in name else name + "_{}"
-        before, after = summary[key.format("before")], summary[key.format("after")]
-        if before is not None:
-            typer.echo(f"{key.format('before').replace('_before', '')}  {before:.3f} -> {after:.3f}")
-    typer.echo(f"continued_pretraining  {summary['continued_pretraining']:.3f}")
+    for line in one.said(json.loads((found / "summary.json").read_text())):
+        typer.echo(line)
     typer.echo(f"report  {found / 'report.html'}")
 
 

@@ -481,7 +481,9 @@ def probe(config: RunConfig, out: Path, *, minutes: float = 3.0, tick: Tick = la
     prompts = build_prompts(config.data, config.seed, config.eval.samples)
     judge = build_judge(config, prompts.pictures)
     try:
-        content = measure(Probe(policy, judge, prompts.train, seed=config.seed, rows=config.train.rollouts_per_backward), 60 * minutes, tick)
+        content = measure(
+            Probe(policy, judge, prompts.train, seed=config.seed, rows=config.train.rollouts_per_backward), 60 * minutes, tick
+        )
     finally:
         judge.close()
     grpo = config.algorithm.grpo

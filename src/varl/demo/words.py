@@ -1,25 +1,18 @@
-"""`make demo`: the bundled base model, post-trained to write words that read; measured before, after, and against its controls.
-
-Every part leaves its result in the run directory, so that the same command goes on wherever it was interrupted."""
+"""`make demo`: the bundled words model, post-trained to write words that read; measured before, after, and against its control."""
 
 import dataclasses
 import json
-import logging
-import os
 import shlex
-import subprocess
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from varl.build import build_prompts, model_path, new_policy
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.folder import load_notes
 from varl.config import LawConfig, OCRConfig, PretrainConfig, RunConfig, WordsConfig
+from varl.demo import Say, Tick, available_cores, commit, copy_gallery, threads, write_atomic
 from varl.eval.words import Sample, draw_sample, reading_metrics, token_diversity
 from varl.pretrain.run import pretrain
 from varl.recipes import pretrain as pretrain_recipes
@@ -32,8 +25,6 @@ from varl.run import train
 from varl.train.record import METRICS, save_picture
 from varl.types import Judgement
 
-log = logging.getLogger("varl")
-
 WORDS, COPIES = 256, 3
 """Held-out words (drawn with repetition of words but not of styles), and pictures of each: 768 samples."""
 TEMPERATURES = (1.0, 0.8, 0.6)
@@ -42,11 +33,8 @@ PROCESSES = 3
 """At most so many share a step: each then has the two prompts of one chunk."""
 GALLERY = 24
 
-Say = Callable[[str], None]
-Tick = Callable[[Mapping[str, Any]], None]
 
-
-def demo(out: Path, seed: int = 0, say: Say = log.info, tick: Tick = lambda metrics: None) -> Path:
+def demo(out: Path, seed: int, say: Say, tick: Tick) -> Path:
     """`out`/report.html and `out`/summary.json."""
     config = dataclasses.replace(var_rl.words_cpu(), seed=seed)
     assert isinstance(config.data, WordsConfig)
@@ -60,7 +48,7 @@ def demo(out: Path, seed: int = 0, say: Say = log.info, tick: Tick = lambda metr
     before = read(model_path(config.model), cache=out / "eval" / "before")
     say(f"     word accuracy {before['T1.0']['word_accuracy']:.3f} at temperature 1")
     say(f"2/4  post-training: {config.train.steps} steps")
-    write_atomic(out / "command.txt", f"varl demo --out {shlex.quote(str(out))} --seed {seed}\n")
+    write_atomic(out / "command.txt", f"varl demo words --out {shlex.quote(str(out))} --seed {seed}\n")
     with threads(available_cores()):
         outcome = train(
             config,
@@ -155,19 +143,14 @@ def keep_pictures(folder: Path, sample: Sample, judgement: Judgement) -> None:
 
 def gallery(out: Path) -> None:
     """What the report shows side by side: gallery/before, gallery/after, gallery/index.json."""
-    sides = {side: json.loads((out / "eval" / side / "index.json").read_text()) for side in ("before", "after")}
-    for side in sides:
-        link = out / "gallery" / side
-        link.mkdir(parents=True, exist_ok=True)
-        for picture in (out / "eval" / side).glob("*.png"):
-            (link / picture.name).write_bytes(picture.read_bytes())
+    before, after = copy_gallery(out)
     rows = [
         {
             "text": b["text"],
             "style": b["style"],
             **{side: {k: told[k] for k in ("found", "correct")} for side, told in (("before", b), ("after", a))},
         }
-        for b, a in zip(sides["before"], sides["after"], strict=True)
+        for b, a in zip(before, after, strict=True)
     ]
     write_atomic(out / "gallery" / "index.json", json.dumps(rows))
 
@@ -233,31 +216,12 @@ def row(metrics: Mapping[str, float]) -> dict[str, Any]:
     return {**{k: metrics[k] for k in ("word_accuracy", "ned", "token_diversity")}, **intervals}
 
 
-def commit() -> str | None:
-    """Of the checkout that VARL was installed from; None outside one."""
-    here = Path(__file__).parent
-    done = subprocess.run(
-        ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or None
-
-
-def write_atomic(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f"{file.name}.tmp")
-    beside.write_text(text)
-    beside.replace(file)
-
-
-def available_cores() -> int:
-    return os.cpu_count() or 1
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def said(summary: Mapping[str, Any]) -> list[str]:
+    """What came out, a line each."""
+    lines = []
+    for name in ("word_accuracy", "word_accuracy_{}_best_temperature", "second_judge", "token_diversity"):
+        key = name if "{}" in name else name + "_{}"
+        before, after = summary[key.format("before")], summary[key.format("after")]
+        if before is not None:
+            lines.append(f"{key.format('before').replace('_before', '')}  {before:.3f} -> {after:.3f}")
+    return [*lines, f"continued_pretraining  {summary['continued_pretraining']:.3f}"]
