@@ -214,12 +214,26 @@ class Watch:
         grid: list[Tensor] = []
         for images, piece in zip(shown.images, pieces, strict=True):
             for row in range(0, len(piece), group):
-                grid.append(images[row * len(images) // len(piece)].cpu())
+                drawn = images[row * len(images) // len(piece) : (row + group) * len(images) // len(piece)].cpu()
+                grid.append(drawn[0])
                 save_picture(folder / f"{len(read):02d}.png", grid[-1])
                 read.append(told(piece, row, ends))
+                if isinstance(self.config.algorithm, VAPIConfig):
+                    read[-1]["draws"] = self._draws(folder, len(read) - 1, drawn, piece, row)
         write_json(folder / "read.json", read)
         self.run.images(step, torch.stack(grid), [prompt.text or str(prompt.label) for prompt in fixed])
         self._index(step)
+
+    def _draws(self, folder: Path, number: int, drawn: Tensor, piece: TrainBatch, row: int) -> list[dict[str, Any]]:
+        """What read.json holds of a picture's draws; they are saved as NN-0.png, NN-1.png, ..., the real picture as NN-real.png."""
+        real = demand_pictures("va_pi", self.prompts.pictures)([self.prompts.fixed[number]])
+        save_picture(folder / f"{number:02d}-real.png", real[0])
+        told = []
+        for k, image in enumerate(drawn):
+            save_picture(folder / f"{number:02d}-{k}.png", image)
+            parts = {name: finite(part[row + k]) for name, part in piece.judgement.parts.items()}
+            told.append({"reward": finite(piece.judgement.value[row + k]), "parts": parts, "advantage": float(piece.advantage[row + k, 0])})
+        return told
 
     def _index(self, step: int) -> None:
         file = self.run.path / "pictures" / "index.json"
@@ -255,10 +269,14 @@ def write_json(file: Path, value: Any) -> None:
     beside.replace(file)
 
 
+def finite(value: Tensor) -> float | None:
+    """None where a judgement failed."""
+    return None if math.isnan(value) else float(value)
+
+
 def told(batch: TrainBatch, row: int, ends: Sequence[int]) -> dict[str, Any]:
     """What read.json holds of one picture: reward, readings, and per grid the weight and advantage of each token."""
     j = batch.judgement
-    value = float(j.value[row])
     there = batch.advantage.shape[1]
 
     def per_grid(values: Tensor) -> list[list[float]]:
@@ -266,7 +284,7 @@ def told(batch: TrainBatch, row: int, ends: Sequence[int]) -> dict[str, Any]:
 
     found = j.found[row] if j.found is not None else ()
     return {
-        "reward": None if math.isnan(value) else value,
+        "reward": finite(j.value[row]),
         "found": [{"text": f.text, "confidence": f.confidence, "box": f.box} for f in found],
         "mask": per_grid((batch.weight > 0).float()),
         "advantage": per_grid(batch.advantage),
