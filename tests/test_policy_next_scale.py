@@ -238,6 +238,9 @@ def test_a_sliced_prefix_cannot_go_on():
     prefix = policy.prefix(prompts_for(policy), stream(range(4)), steps=1)
     with pytest.raises(ConfigError, match="no state"):
         policy.complete(prefix.rows([0, 1]), stream(range(2)))
+    whole = policy.prefix(prompts_for(policy), stream(range(4)), steps=policy.layout.steps)
+    with pytest.raises(ConfigError, match=rf"have all of their {policy.layout.tokens} tokens\. Take a prefix of fewer steps"):
+        policy.complete(whole, stream(range(4)))
 
 
 # ---- reference and gradient

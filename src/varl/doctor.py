@@ -145,8 +145,8 @@ def gloo() -> Finding:
 
 
 def _standing(out: Path) -> Path:
-    """The nearest folder above `out` that exists, or `out` itself."""
-    return next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
+    """The nearest folder above `out` that exists and can be looked into, or `out` itself."""
+    return next(folder for folder in (out.absolute(), *out.absolute().parents) if os.path.isdir(folder))  # Path.is_dir may raise
 
 
 def _from(look: Callable[[], str], name: str, otherwise: Literal["warn", "fail"]) -> Finding:

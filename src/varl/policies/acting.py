@@ -101,6 +101,14 @@ def new_rollout(
     )
 
 
+def require_unfinished(prefix: Rollout, tokens: int) -> None:
+    """ConfigError for what cannot be completed: a rollout without state, or one that has all `tokens` of a picture."""
+    if prefix.state is None:
+        raise ConfigError("complete: this rollout carries no state to go on from. Use what `prefix` returned, unsliced.")
+    if prefix.actions.shape[1] == tokens:
+        raise ConfigError(f"complete: these pictures have all of their {tokens} tokens. Take a prefix of fewer steps.")
+
+
 def continued(prefix: Rollout, rows: Int[Tensor, " b"], rng: Stream, drawn: Drawn, step: Int[Tensor, " l"]) -> Rollout:
     """The given rows of `prefix`, and what was drawn after them; the prefix's tokens are not `sampled`."""
     before = map_drawn(lambda tensor: tensor[rows], (prefix.actions, prefix.logp, prefix.sample_logp))

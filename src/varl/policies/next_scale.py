@@ -23,6 +23,7 @@ from varl.policies.acting import (
     new_rollout,
     require_laws,
     require_text,
+    require_unfinished,
     score_tokens,
 )
 from varl.rng import Stream
@@ -127,8 +128,7 @@ class NextScalePolicy:
     @torch.no_grad()
     def complete(self, prefix: Rollout, rng: Stream) -> Rollout:
         branch, copies = prefix.state, len(rng) // len(prefix)
-        if not isinstance(branch, Branch):
-            raise ConfigError("complete: this rollout carries no state to go on from. Use what `prefix` returned, unsliced.")
+        require_unfinished(prefix, self.layout.tokens)
         given = prefix.actions.shape[1]
         first, steps = self.module.ends.index(given) + 1, self.layout.steps
         rows = torch.arange(len(prefix), device=self.device).repeat_interleave(copies)

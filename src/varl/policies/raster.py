@@ -25,6 +25,7 @@ from varl.policies.acting import (
     new_rollout,
     require_laws,
     require_text,
+    require_unfinished,
     score_tokens,
 )
 from varl.policies.sampling import in_row_chunks
@@ -190,8 +191,7 @@ class RasterPolicy:
     @torch.no_grad()
     def complete(self, prefix: Rollout, rng: Stream) -> Rollout:
         branch, copies, model = prefix.state, len(rng) // len(prefix), self.module
-        if not isinstance(branch, Branch):
-            raise ConfigError("complete: this rollout carries no state to go on from. Use what `prefix` returned, unsliced.")
+        require_unfinished(prefix, self.layout.tokens)
         first, steps = prefix.actions.shape[1], self.layout.steps
         rows = torch.arange(len(prefix), device=self.device).repeat_interleave(copies)
         both = torch.cat([rows, rows + len(prefix)]) if self._guided else rows
