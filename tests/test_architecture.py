@@ -98,6 +98,12 @@ def test_what_no_file_does(path):
         assert called not in ("eval", "exec"), f"{path}:{node.lineno}: {called}"
 
 
+@pytest.mark.parametrize("module", ["build", "sample", "eval.parity"])
+def test_transformers_is_imported_only_where_it_is_needed(module):
+    code = f"import varl.{module}, sys; assert not {{'transformers', 'huggingface_hub', 'datasets'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
 @pytest.mark.parametrize("module", sorted(NO_TORCH))
 def test_what_must_start_fast_starts_without_torch(module):
     code = f"import varl.{module}, sys; assert 'torch' not in sys.modules"

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -103,7 +104,6 @@ def test_lines_with_captions(tmp_path):
 @pytest.fixture
 def saved(tmp_path):
     """Writes columns as a saved data set, and reads it as pictures."""
-    datasets = pytest.importorskip("datasets")
 
     def write(columns, *, split=None, **settings):
         kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "cat"])}
@@ -168,7 +168,7 @@ def test_a_damaged_row_is_named(tmp_path, saved):
 def test_a_saved_data_set_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "dataset_info.json").write_text("{}")
-    with pytest.raises(DataError, match=r"is a saved data set.*pip install datasets"):
+    with pytest.raises(DataError, match=r"is a saved data set.*pip install 'varl\[data\]'"):
         read_pictures(PicturesConfig(path=str(tmp_path)))
 
 

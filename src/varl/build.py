@@ -1,8 +1,10 @@
 """From config to objects: the only file that names concrete classes."""
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import assert_never, cast
@@ -13,12 +15,15 @@ from torch import Tensor
 from varl.algorithms.grpo import GRPO
 from varl.algorithms.va_pi import VAPI
 from varl.algorithms.var_rl import VARRL
+from varl.checkpoints import hugging_face
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.folder import strict_load
 from varl.checkpoints.model import Pair
+from varl.checkpoints.t5 import load_t5
 from varl.checkpoints.var import read_weights
 from varl.config import (
     AlgorithmConfig,
+    CaptionConfig,
     DataConfig,
     FolderConfig,
     GlyphsConfig,
@@ -35,6 +40,7 @@ from varl.config import (
     WordsConfig,
 )
 from varl.data import glyphs
+from varl.data.caption_cache import CaptionCache
 from varl.data.folder import read_folder
 from varl.data.pictures import heldout_pictures, read_pictures, together
 from varl.data.sampler import PromptSampler, shard
@@ -93,8 +99,24 @@ def new_policy(
         case (NextScale() as model, MultiScaleVQ() as tokenizer):
             return NextScalePolicy(model.to(device), tokenizer.to(device), sample_law=sample_law, score_law=score_law, dtype=dtype)
         case (Raster() as model, VQ() as tokenizer):
-            return RasterPolicy(model.to(device), tokenizer.to(device), sample_law=sample_law, score_law=score_law, dtype=dtype)
+            captions = None if model.config.captions is None else caption_encoder(model.config.captions, device or torch.device("cpu"))
+            return RasterPolicy(
+                model.to(device), tokenizer.to(device), captions=captions, sample_law=sample_law, score_law=score_law, dtype=dtype
+            )
     assert_never(pair)
+
+
+def caption_encoder(config: CaptionConfig, device: torch.device) -> CaptionCache:
+    """Features of captions, remembered in the user's cache folder ($XDG_CACHE_HOME, else ~/.cache). Where the encoder lies is found now; it
+    is loaded when a caption is asked for whose features are not there. It computes in bf16 on CUDA, in fp32 on the CPU; the two are kept
+    apart."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    folder = hugging_face.find(config.encoder, "captions.encoder")
+    return CaptionCache(
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "varl" / "captions",
+        encoder=lambda: f"{hugging_face.identity(folder)} {dtype}",
+        load=partial(load_t5, folder, device, dtype),
+    )
 
 
 def build_algorithm(config: AlgorithmConfig, policy: Policy, pictures: PicturesOf | None = None) -> Algorithm:

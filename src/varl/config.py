@@ -119,6 +119,8 @@ class CaptionConfig:
     """Longest caption, in the encoder's tokens."""
     width: int = 2048
     """Of a feature vector."""
+    encoder: str = "google/flan-t5-xl"
+    """The T5 that makes the features: its name on the Hugging Face hub, looked for in the local cache, or the path of a folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -162,7 +162,7 @@ def _saved(config: PicturesConfig) -> tuple[list[Prompt], tuple[str, ...], Calla
         datasets = import_module("datasets")
     except ImportError as error:
         raise DataError(
-            f"{config.path}: is a saved data set, and the package that reads it is not installed ({error}). Run `pip install datasets`."
+            f"{config.path}: is a saved data set, and the package that reads it is not installed ({error}). Run `pip install 'varl[data]'`."
         ) from error
     try:
         data: Any = datasets.load_from_disk(config.path)

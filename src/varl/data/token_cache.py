@@ -56,7 +56,7 @@ class TokenCache:
             raise DataError(f"{path}: is there already and is no cache of tokens (it has no {MANIFEST}). Give a new folder.")
         else:
             self.path.mkdir(parents=True, exist_ok=True)
-            _write(file, json.dumps({"layout": LAYOUT, "tokenizer": tokenizer, "name": name}, indent=2).encode())
+            write_whole(file, json.dumps({"layout": LAYOUT, "tokenizer": tokenizer, "name": name}, indent=2).encode())
         for part in sorted(self.path.glob("*.safetensors")):
             self._read(part)
 
@@ -74,7 +74,7 @@ class TokenCache:
     def _add(self, keys: list[bytes], ids: Int[Tensor, "N L"]) -> None:
         self._check(ids, "the tokenizer")
         data = save({"keys": torch.from_numpy(np.frombuffer(b"".join(keys), np.uint8).copy()).view(-1, 32), "ids": ids.contiguous()})
-        _write(self.path / f"{hashlib.sha256(data).hexdigest()}.safetensors", data)
+        write_whole(self.path / f"{hashlib.sha256(data).hexdigest()}.safetensors", data)
         self.rows |= dict(zip(keys, ids, strict=True))
 
     def _read(self, file: Path) -> None:
@@ -114,7 +114,7 @@ class TokenCache:
             )
 
 
-def _write(file: Path, data: bytes) -> None:
+def write_whole(file: Path, data: bytes) -> None:
     """The file whole or not at all."""
     beside = file.with_name(f"{file.name}{_TMP}{os.getpid()}")
     try:

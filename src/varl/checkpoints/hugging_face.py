@@ -1,0 +1,73 @@
+"""Folders as `transformers` keeps them: where they lie, and which one it is. Nothing is fetched from the network: the errors say how."""
+
+import hashlib
+import importlib
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from varl.checkpoints.folder import MANIFEST, file_sha256
+from varl.errors import ConfigError
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def transformers() -> Any:
+    """The package, imported when it is first needed: it takes seconds."""
+    require_transformers()
+    return importlib.import_module("transformers")
+
+
+def require_transformers() -> None:
+    """ConfigError where the package is not installed."""
+    if find_spec("transformers") is None:
+        raise ConfigError("this model needs the package transformers, which is not installed. Run `pip install 'varl[hf]'`.")
+
+
+def find(name: str, setting: str) -> Path:
+    """The folder `name`, or the newest snapshot of the hub's model of that name in the local Hugging Face cache. `setting` says in an
+    error what was set to it."""
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        path = _snapshot(name, setting)
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"{setting}={name!r}: no config.json in {path}. Give a folder that transformers saved, or a hub name.")
+    if not any(weights for kind in WEIGHTS for weights in path.glob(kind)):
+        raise ConfigError(f"{setting}={name!r}: {path} holds no weights ({', '.join(WEIGHTS)}). {_fetch(name)}")
+    return path
+
+
+def _snapshot(name: str, setting: str) -> Path:
+    if not _HUB_NAME.fullmatch(name):
+        raise ConfigError(f"{setting}={name!r}: there is no such folder. Give one, or a hub name such as google/flan-t5-xl.")
+    require_transformers()
+    hub = importlib.import_module("huggingface_hub")
+    try:
+        return Path(hub.snapshot_download(name, local_files_only=True))
+    except hub.errors.LocalEntryNotFoundError as error:
+        raise ConfigError(
+            f"{setting}={name!r}: there is no such folder, and the Hugging Face cache holds no model of that name. {_fetch(name)}"
+        ) from error
+
+
+def _fetch(name: str) -> str:
+    told = (
+        f"Run `hf download {name} --exclude '*.h5' '*.msgpack'` where there is a network" if _HUB_NAME.fullmatch(name) else "Copy it whole"
+    )
+    return f"{told}, or give the path of a folder."
+
+
+def identity(folder: Path) -> str:
+    """What tells a folder's contents from others': the sha256 of its manifest if VARL wrote it, the revision of a snapshot from the hub,
+    else the sha256 of its files' names and hashes."""
+    if (folder / MANIFEST).is_file():
+        return file_sha256(folder / MANIFEST)
+    if folder.parent.name == "snapshots":
+        return folder.name
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.is_file():
+            digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+    return digest.hexdigest()
