@@ -16,7 +16,7 @@ from varl.algorithms.var_rl import VARRL
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.folder import strict_load
 from varl.checkpoints.model import Pair
-from varl.checkpoints.var import read_weights
+from varl.checkpoints.released import read_weights
 from varl.config import (
     AlgorithmConfig,
     DataConfig,
