@@ -19,8 +19,8 @@ from varl.checkpoints import hugging_face
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.folder import strict_load
 from varl.checkpoints.model import Pair
+from varl.checkpoints.released import read_weights
 from varl.checkpoints.t5 import load_t5
-from varl.checkpoints.var import read_weights
 from varl.config import (
     AlgorithmConfig,
     CaptionConfig,

@@ -1,5 +1,6 @@
 """The command line. torch is imported by the commands that need it, so that `varl --help` answers at once."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -29,6 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Reinforcement-learning post-training for visual autoregressive image generators.",
 )
+evaluation = typer.Typer(no_args_is_help=True, help="Can the words be read? Are the pictures like real ones? With 95% intervals.")
+app.add_typer(evaluation, name="eval")
 out_console, err_console = Console(), Console(stderr=True)
 
 Config = TypeVar("Config", RunConfig, PretrainConfig)
@@ -51,6 +54,9 @@ Set = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory; runs/NAME if not given.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only what came out.")]
+
+
+GUIDANCE = "Guidance, one number or one for each scale or token, with commas; 1 is none."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -191,6 +197,17 @@ class Bar:
 
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
+
+    def counter(self, phase: str, total: int) -> Callable[[int], None]:
+        """A tick that is told how many more of `total` are done."""
+        done = 0
+
+        def count(more: int) -> None:
+            nonlocal done
+            done += more
+            self.tick({"phase": phase, "step": done, "total": total})
+
+        return count
 
     def tick(self, metrics: Mapping[str, Any]) -> None:
         step, says = int(metrics["step"]), self.says(metrics)
@@ -354,7 +371,7 @@ def sample(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    cfg: Annotated[str, typer.Option(help="Guidance, one number or one for each scale, with commas; 1 is none.")] = "1.0",
+    cfg: Annotated[str, typer.Option(help=GUIDANCE)] = "1.0",
 ) -> None:
     """Draw pictures into one PNG."""
     law = LawConfig(cfg_scale=numbers(cfg, "--cfg"), temperature=temperature, top_k=top_k, top_p=top_p)
@@ -371,8 +388,8 @@ def sample(
     typer.echo(str(out))
 
 
-@app.command("eval")
-def evaluate(
+@evaluation.command("words")
+def eval_words(
     target: Annotated[
         str, typer.Argument(metavar="RUN|MODEL", help="A run directory, whose held-out prompts are used, or a model folder.")
     ],
@@ -405,7 +422,11 @@ def evaluate(
     if not heldout:
         raise ConfigError(
             f"{target}: has no held-out prompts, because data.heldout was not set. Evaluate its model on drawn words instead, with "
-            f"`varl eval {path}`, or look at it with `varl sample`."
+            f"`varl eval words {path}`, or look at it with `varl sample`."
+        )
+    if not any(prompt.words for prompt in heldout):
+        raise ConfigError(
+            f"{target}: its held-out prompts hold no words to be read. Hold its pictures against real ones with `varl eval fid`."
         )
     policy = load_policy(path)
     rows = measure(policy, heldout, temperatures=levels, judges=readers, seed=seed)
@@ -417,6 +438,91 @@ def evaluate(
         table.add_row(f"{row['temperature']:g}", row["judge"], accuracy, ned, f"{row['failed']:.1%}", f"{row['token_diversity']:.2f}")
     out_console.print(table)
     typer.echo(str(file))
+
+
+@evaluation.command("fid")
+def eval_fid(
+    context: typer.Context,
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="PICTURES|MODEL|RUN", help="A folder of pictures, an npz file of them, or a model or run directory, which then draws."
+        ),
+    ],
+    reference: Annotated[
+        Path, typer.Argument(metavar="REFERENCE", help="Real pictures, likewise, or an evaluator's npz file with their statistics.")
+    ],
+    inception: Annotated[
+        Path | None, typer.Option(help="Weights of the Inception net that FID is measured with; those in torch's cache if not given.")
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option(metavar="MODULE:NAME", help="Another network to judge by, or path.py:name: pixels in [0, 1] to features.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Pictures that a model draws.")] = 50_000,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures at once; at most 1000 are drawn at once.")] = 64,
+    seed: int = 1234,
+    cfg: Annotated[str, typer.Option(help=GUIDANCE)] = "1.0",
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels to a side that drawn pictures are brought to; their own if not given.")
+    ] = None,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the transformer; the tokenizer works in float32.")] = "float32",
+    prompts: Annotated[
+        Path | None, typer.Option(help="A folder with prompts.jsonl, to draw these at random; the model's classes if not given.")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="A folder that keeps features, so that the reference is looked at once.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The JSON; RUN/fid.json or fid.json here if not given.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """FID, Inception score, precision, recall and KID. Drawn pictures lie beside the JSON; the same command goes on where it stopped."""
+    law = LawConfig(cfg_scale=numbers(cfg, "--cfg"), temperature=temperature, top_k=top_k, top_p=top_p)
+    from varl.eval.features import open_pictures
+    from varl.eval.fid import compare_sets, demand_comparable, reference_pictures
+    from varl.sample import draw_many, find_drawer, load_extractor, plan_drawing
+
+    model = find_drawer(target)
+    run = Path(target) if model == Path(target) / "model" else None
+    file = out or (run or Path()) / "fid.json"
+    demand_file(file)
+    real = reference_pictures(reference)
+    if model is None:
+        demand_pictures(context, target)
+        drawing, shown = None, open_pictures(target)
+        demand_comparable(target, shown.count, shown.size, real)
+    else:
+        drawing = plan_drawing(model, law, count=samples, seed=seed, side=size, dtype=dtype, prompts=prompts)
+        demand_comparable(target, samples, drawing.size, real)
+    extractor = load_extractor(features, inception)
+    with Bar(None, measured_line, shown=not quiet) as bar:
+        pictures = Path(target)
+        if drawing is not None:
+            pictures = draw_many(drawing, file.with_name(f"{file.stem}-pictures"), batch, bar.counter("pictures", samples))
+        count = bar.counter("features", open_pictures(pictures).count + (real.count if real else 0))
+        found = compare_sets(pictures, reference, extractor, seed, batch=batch, cache=cache, tick=count)
+    told = {"pictures": str(pictures), "reference": str(reference), "features": features or "inception", "seed": seed}
+    drawn = {} if drawing is None else {"model": str(model), "size": drawing.size, "dtype": dtype, **dataclasses.asdict(law)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({**told, **drawn, "rows": [found]}, indent=2))
+    table = Table("measure", "value")
+    for name, value in found.items():
+        half = found.get(f"{name}_ci95")
+        if not name.endswith("_ci95"):
+            table.add_row(name, f"{value:,.4g}" if half is None else f"{value:.4g} ± {half:.2g}")
+    out_console.print(table)
+    typer.echo(str(file))
+
+
+def demand_pictures(context: typer.Context, target: str) -> None:
+    """Whether `target`, which is no model, can be pictures, and nothing was said of how to draw them."""
+    if not Path(target).is_dir() and Path(target).suffix != ".npz":
+        raise ConfigError(f"{target}: is neither a model folder nor a run directory, nor a folder or an npz file of pictures.")
+    drawing = ("samples", "cfg", "temperature", "top_k", "top_p", "size", "dtype", "prompts")
+    sources = {name: context.get_parameter_source(name) for name in drawing}
+    given = [f"--{name.replace('_', '-')}" for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if given:
+        raise ConfigError(f"{', '.join(given)}: say how a model draws, and {target} is no model but pictures. Leave them out.")
 
 
 @app.command()
@@ -536,16 +642,23 @@ def demo(
 
 @app.command()
 def convert(
-    transformer: Annotated[Path, typer.Argument(metavar="VAR.pth", help="Released weights, or a training run's.")],
-    tokenizer: Annotated[Path, typer.Argument(metavar="VAE.pth", help="The tokenizer that it was trained with.")],
+    transformer: Annotated[Path, typer.Argument(metavar="TRANSFORMER", help="Weights of VAR or LlamaGen, released or a training run's.")],
+    tokenizer: Annotated[Path, typer.Argument(metavar="TOKENIZER", help="The tokenizer that it was trained with.")],
     out: Annotated[Path, typer.Option("--out", help="The model folder.")],
+    image_size: Annotated[
+        int | None, typer.Option(help="Pixels to a side of the pictures LlamaGen was trained on: no weight tells.")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads of a LlamaGen that is of no released size.")] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="The averaged weights of a LlamaGen training run's files.")] = False,
 ) -> None:
-    """A released VAR checkpoint as a model folder."""
+    """Released weights as a model folder. Whose they are is told from their names."""
     from varl.checkpoints import model as model_folder
-    from varl.checkpoints.var import load_var
+    from varl.checkpoints.convert import load_released
+    from varl.checkpoints.folder import refuse_strange
 
-    model, vq = load_var(transformer, tokenizer)
-    typer.echo(str(model_folder.save(out, model, vq, {"converted": [transformer.name, tokenizer.name]})))
+    refuse_strange(out)
+    model, vq = load_released(transformer, tokenizer, image_size=image_size, heads=heads, ema=ema)
+    typer.echo(str(model_folder.save(out, model, vq, {"converted": [transformer.name, tokenizer.name], "ema": ema})))
 
 
 if __name__ == "__main__":

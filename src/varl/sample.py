@@ -1,23 +1,33 @@
-"""Pictures from a model folder, and whether they can be read."""
+"""Pictures from a model folder: to look at, to read, to hold against real ones."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
+from torch import nn
 
 from varl.build import model_path, new_policy
 from varl.checkpoints import model as model_folder
+from varl.checkpoints.folder import load_config
 from varl.config import LawConfig, ModelConfig, NextScaleConfig, OCRConfig, WordsConfig
+from varl.data.folder import read_folder
 from varl.data.fonts import FACES
 from varl.data.words import PALETTES
 from varl.errors import ConfigError
+from varl.eval.draw import draw_pictures
+from varl.eval.features import Extractor
+from varl.eval.inception import load_inception
 from varl.eval.words import draw_sample, reading_metrics, token_diversity
 from varl.policies.next_scale import NextScalePolicy
 from varl.policies.raster import RasterPolicy
+from varl.probe import model_identity
 from varl.rewards.judge import judge_now
 from varl.rewards.ocr_reward import OCRReward
+from varl.rewards.toy import load_callable
+from varl.settings import model_from_yaml
 from varl.train.record import picture_grid
 from varl.types import Prompt, Region
 
@@ -31,9 +41,21 @@ def find_model(name: str) -> Path:
     return inside if (inside / "config.yaml").is_file() else model_path(name)
 
 
-def load_policy(path: Path, law: LawConfig = LawConfig()) -> NextScalePolicy | RasterPolicy:
+def find_drawer(name: str) -> Path | None:
+    """`find_model`, or None where there is no model."""
+    try:
+        return find_model(name)
+    except ConfigError:
+        return None
+
+
+def usual_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_policy(path: Path, law: LawConfig = LawConfig(), dtype: torch.dtype = torch.float32) -> NextScalePolicy | RasterPolicy:
     """The model at `path` on the GPU if there is one, drawing under `law`."""
-    return new_policy(model_folder.load(path), torch.device("cuda" if torch.cuda.is_available() else "cpu"), law, law)
+    return new_policy(model_folder.load(path), usual_device(), law, law, dtype)
 
 
 def text_prompt(text: str, style: Sequence[str] = ()) -> Prompt:
@@ -44,8 +66,11 @@ def text_prompt(text: str, style: Sequence[str] = ()) -> Prompt:
 
 def draw_grid(policy: NextScalePolicy | RasterPolicy, prompts: Sequence[Prompt], copies: int, seed: int, out: Path) -> None:
     """`copies` pictures of each prompt as one PNG; the same seed gives the same pictures."""
-    classes = policy.module.config.num_classes
+    config = policy.module.config
+    classes, styled = config.num_classes, isinstance(config, NextScaleConfig) and config.text is not None
     for prompt in prompts:
+        if prompt.style and not styled:
+            raise ConfigError(f"style {','.join(prompt.style)}: this model knows no attributes. Leave --style out.")
         if classes is not None and prompt.label is None:
             raise ConfigError(f"prompt {prompt.text!r}: this model draws classes and reads no text. Give --label, 0 to {classes - 1}.")
         if classes is None and prompt.label is not None:
@@ -59,7 +84,7 @@ def draw_grid(policy: NextScalePolicy | RasterPolicy, prompts: Sequence[Prompt],
 def words_of(config: ModelConfig) -> WordsConfig:
     """The words that a model that reads characters can be asked for, with the faces and palettes among its styles."""
     if not isinstance(config, NextScaleConfig) or config.text is None:
-        raise ConfigError("this model reads no characters, so there are no words to evaluate it on. Use one that does.")
+        raise ConfigError("this model reads no characters, so there are no words to evaluate it on. Use one that does, or `varl eval fid`.")
     standard = WordsConfig()
     return WordsConfig(
         image_size=config.image_size,
@@ -88,3 +113,65 @@ def evaluate(
                     {"temperature": temperature, "judge": reward.engine, **reading_metrics(parts, COPIES), "token_diversity": diversity}
                 )
     return rows
+
+
+# ---- against real pictures --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawing:
+    """Which pictures are to be drawn from a model, to be held against real ones."""
+
+    model: Path
+    law: LawConfig
+    count: int
+    seed: int
+    size: tuple[int, int]
+    """(H, W) in pixels that they are brought to."""
+    dtype: Literal["float32", "bfloat16"]
+    """Of the transformer; the tokenizer works in float32."""
+    choices: Sequence[Prompt]
+    """What is asked for: one of these for each picture, uniformly at random."""
+
+
+def plan_drawing(
+    model: Path, law: LawConfig, *, count: int, seed: int, side: int | None, dtype: Literal["float32", "bfloat16"], prompts: Path | None
+) -> Drawing:
+    """Read off the model's config; no weight is loaded. Without `prompts`, a folder, the model's classes are asked for."""
+    config = model_from_yaml(load_config(model))
+    height, width = config.image_size
+    if side is not None and height != width:
+        raise ConfigError(f"--size {side}: this model's pictures are {height}x{width} (height x width), no squares. Leave it out.")
+    if prompts is None and config.num_classes is None:
+        raise ConfigError(
+            "this model reads text and knows no classes that could be drawn at random. Give --prompts, a folder with prompts.jsonl."
+        )
+    choices = read_folder(prompts) if prompts else [Prompt(label=label) for label in range(config.num_classes or 0)]
+    size = (height, width) if side is None else (side, side)
+    return Drawing(model=model, law=law, count=count, seed=seed, size=size, dtype=dtype, choices=choices)
+
+
+def draw_many(drawing: Drawing, folder: Path, batch: int, tick: Callable[[int], None]) -> Path:
+    """The npz file of these pictures in `folder`; what is there already is not drawn again."""
+    dtype = torch.bfloat16 if drawing.dtype == "bfloat16" else torch.float32
+    return draw_pictures(
+        lambda: load_policy(drawing.model, drawing.law, dtype),
+        drawing.choices,
+        folder,
+        count=drawing.count,
+        seed=drawing.seed,
+        size=drawing.size,
+        batch=batch,
+        settings={"model": model_identity(drawing.model)[:16], "dtype": drawing.dtype, **asdict(drawing.law)},
+        tick=tick,
+    )
+
+
+def load_extractor(features: str | None, inception: Path | None) -> Extractor:
+    """Inception with weights from `inception` or the usual cache, or the function or module at `features`, on the GPU if there is one."""
+    if features is None:
+        return load_inception(inception).to(usual_device())
+    if inception is not None:
+        raise ConfigError(f"--features {features}, --inception {inception}: are two networks to judge by. Leave one out.")
+    extractor = load_callable(features)
+    return extractor.to(usual_device()).eval() if isinstance(extractor, nn.Module) else cast(Extractor, extractor)

@@ -1,6 +1,7 @@
 """Released LlamaGen files (arXiv 2406.06525; `c2i_XL_384.pt`, `t2i_XL_stage1_256.pt`, `vq_ds16_c2i.pt`), or a training run's, as our
 modules. The transformer's names are ours; the tokenizer's convolutions are named and counted in another way, and are renamed."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from varl.checkpoints.folder import Shapes, require_fit, shapes_of, strict_load
-from varl.checkpoints.released import count, expect, read_weights
+from varl.checkpoints.released import ReleasedFile, count, expect, read_file
 from varl.config import CaptionConfig, RasterConfig, VQConfig
 from varl.errors import CheckpointError
 from varl.models.raster import Raster
@@ -26,26 +27,39 @@ SIZES: dict[str, tuple[int, int, int]] = {
 """Depth, width and heads of every released transformer."""
 USED = "quantize.codebook_used"
 """The codes that training last used; of no use after it."""
+CAPTION = "cls_embedding.uncond_embedding"
+"""The caption that stands for none, of a transformer that reads captions."""
 ROTATIONS = "freqs_cis"
 """What the grid implies; some files hold it."""
-_WRAPPINGS = ("model", "module", "state_dict")
+WRAPPINGS = ("model", "module", "state_dict")
+"""Where files hold the weights, if not at their top."""
 
 
 def load_llamagen(
-    path_gpt: Path | str, path_vq: Path | str, *, image_size: int, heads: int | None = None, ema: bool = False
+    path_gpt: Path | str, path_vq: Path | str, *, image_size: int | None = None, heads: int | None = None, ema: bool = False
 ) -> tuple[Raster, VQ]:
     """The transformer in `path_gpt` with the tokenizer in `path_vq`, in fp32 on the CPU. Files are `.pt` (flat, or a training run's, of
-    which `ema` chooses the averaged weights where it holds both) or `.safetensors`. Every key is accounted for. Sizes are read off the
-    weights, but for two that no weight tells: `image_size`, the side of its pictures in pixels, and the heads of a transformer that is of
-    no released size."""
-    gpt, vq = (_read(Path(path), ema) for path in (path_gpt, path_vq))
+    which `ema` chooses the averaged weights: the transformer's must be there) or `.safetensors`. Every key is accounted for. Sizes are read
+    off the weights, but for two that no weight tells: `image_size`, the side of its pictures in pixels, unless the file holds `freqs_cis`;
+    and the heads of a transformer that is of no released size."""
+    return llamagen_pair(read_file(Path(path_gpt)), read_file(Path(path_vq)), image_size=image_size, heads=heads, ema=ema)
+
+
+def llamagen_pair(
+    file_gpt: ReleasedFile, file_vq: ReleasedFile, *, image_size: int | None = None, heads: int | None = None, ema: bool = False
+) -> tuple[Raster, VQ]:
+    """`load_llamagen` of files that were read already."""
+    path_gpt, path_vq = file_gpt.path, file_vq.path
+    if ema and not isinstance(file_gpt.at("ema"), dict):
+        raise CheckpointError(f"{path_gpt}: holds no averaged weights (`ema`). Leave `ema` (--ema) out.")
+    gpt, vq = unwrapped(file_gpt, ema), unwrapped(file_vq, ema)
     tokenizer = tokenizer_config(shapes_of(vq), str(path_vq))
-    if image_size < tokenizer.stride or image_size % tokenizer.stride:
+    if image_size is not None and (image_size < tokenizer.stride or image_size % tokenizer.stride):
         raise CheckpointError(
             f"image_size={image_size}: the tokenizer in {path_vq} makes one token of {tokenizer.stride} x {tokenizer.stride} pixels. "
             "Give the side of the pictures that the transformer was trained on, 256, 384 or 512."
         )
-    side = image_size // tokenizer.stride
+    side = side_of(shapes_of(gpt), str(path_gpt)) if image_size is None else image_size // tokenizer.stride
     config = transformer_config(shapes_of(gpt), (side, side), tokenizer, str(path_gpt), heads)
     if config.tokenizer.vocab != tokenizer.vocab:
         raise CheckpointError(
@@ -58,10 +72,9 @@ def load_llamagen(
     return model, module
 
 
-def _read(path: Path, ema: bool) -> dict[str, Tensor]:
-    """A file's weights, without the prefix that wrappers of modules put before every name."""
-    places = ("ema", *_WRAPPINGS) if ema else (*_WRAPPINGS, "ema")
-    state = read_weights(path, *places)
+def unwrapped(file: ReleasedFile, ema: bool = False) -> dict[str, Tensor]:
+    """A file's weights, the averaged ones if `ema` and there are any, without the prefix that wrappers of modules put before every name."""
+    state = file.weights(*(("ema", *WRAPPINGS) if ema else (*WRAPPINGS, "ema")))
     for prefix in ("module.", "_orig_mod."):
         if state and all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
@@ -84,7 +97,7 @@ def released(size: str, *, image_size: int, text: bool = False) -> RasterConfig:
 def transformer_config(shapes: Shapes, grid: tuple[int, int], tokenizer: VQConfig, where: str, heads: int | None = None) -> RasterConfig:
     """The config that LlamaGen weights of these shapes were made with, for pictures of `grid`; its tokenizer is the one that is given, with
     as many codes as the head has."""
-    caption, label = "cls_embedding.uncond_embedding", "cls_embedding.embedding_table.weight"
+    caption, label = CAPTION, "cls_embedding.embedding_table.weight"
     hidden = "layers.0.feed_forward.w1.weight"
     expect(
         shapes, ("tok_embeddings.weight", "output.weight", hidden, caption if caption in shapes else label), "a LlamaGen transformer", where
@@ -95,7 +108,7 @@ def transformer_config(shapes: Shapes, grid: tuple[int, int], tokenizer: VQConfi
     if heads is None:
         raise CheckpointError(
             f"{where}: {depth} layers of width {width} are of no released size ({', '.join(SIZES)}), and no weight tells the heads. "
-            "Give `heads`."
+            "Give `heads` (--heads)."
         )
     config = RasterConfig(
         depth=depth,
@@ -107,6 +120,23 @@ def transformer_config(shapes: Shapes, grid: tuple[int, int], tokenizer: VQConfi
         tokenizer=replace(tokenizer, vocab=vocab),
     )
     return config if config.hidden == shapes[hidden][0] else replace(config, mlp_width=shapes[hidden][0])
+
+
+def side_of(shapes: Shapes, where: str) -> int:
+    """Tokens along a side of the pictures that the transformer was trained on, which `freqs_cis` counts where the file holds it."""
+    if ROTATIONS not in shapes:
+        raise CheckpointError(
+            f"{where}: no weight tells the size of its pictures. Give `image_size` (--image-size), the side in pixels: 384 for "
+            "c2i_XL_384.pt, 256 for t2i_XL_stage1_256.pt."
+        )
+    tokens = shapes[ROTATIONS][0] - (shapes[CAPTION][0] if CAPTION in shapes else 1)
+    side = math.isqrt(max(tokens, 0))
+    if side < 1 or side**2 != tokens:
+        raise CheckpointError(
+            f"{where}: `{ROTATIONS}` has shape {list(shapes[ROTATIONS])}, so pictures of {tokens} tokens, which are no square. The file is "
+            "damaged, or of another model."
+        )
+    return side
 
 
 def tokenizer_config(shapes: Shapes, where: str) -> VQConfig:

@@ -2,7 +2,8 @@
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +14,44 @@ from varl.checkpoints.folder import Shapes, read_tensors
 from varl.errors import CheckpointError
 
 
-def read_weights(path: Path, *places: str) -> dict[str, Tensor]:
-    """A file's tensors by name: what lies at the first of `places` ("a/b" is b within a) that is there, or the whole file."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleasedFile:
+    """A file as it was read; which of its weights are wanted is asked later."""
+
+    path: Path
+    content: Any
+
+    def at(self, place: str) -> Any:
+        """What lies there ("a/b" is b within a), or None."""
+        found = self.content
+        for name in place.split("/"):
+            found = found.get(name) if isinstance(found, dict) else None
+        return found
+
+    def weights(self, *places: str) -> dict[str, Tensor]:
+        """Tensors by name: what lies at the first of `places` that is there, or the whole file."""
+        state = next((found for place in places if isinstance(found := self.at(place), dict)), self.content)
+        if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+            raise CheckpointError(
+                f"{self.path}: holds no state dict, neither flat nor as {' or '.join(places)}. Give a released file or a training run's."
+            )
+        return state
+
+
+def read_file(path: Path) -> ReleasedFile:
+    """A `.safetensors` file, or one that torch wrote, of which nothing but tensors, plain values and a run's arguments is accepted."""
     if path.suffix == ".safetensors":
-        return read_tensors(path)
+        return ReleasedFile(path=path, content=read_tensors(path))
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # training runs save their arguments too
-            loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+            return ReleasedFile(path=path, content=torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
         raise CheckpointError(f"{path}: cannot be read as a file of weights ({error}). Is it there, and was it copied whole?") from error
-    state = next((found for place in places if isinstance(found := _at(loaded, place), dict)), loaded)
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise CheckpointError(
-            f"{path}: holds no state dict, neither flat nor as {' or '.join(places)}. Give a released file or a training run's."
-        )
-    return state
 
 
-def _at(loaded: Any, place: str) -> Any:
-    for name in place.split("/"):
-        loaded = loaded.get(name) if isinstance(loaded, dict) else None
-    return loaded
+def read_weights(path: Path, *places: str) -> dict[str, Tensor]:
+    """A file's tensors by name: what lies at the first of `places` ("a/b" is b within a) that is there, or the whole file."""
+    return read_file(path).weights(*places)
 
 
 def count(shapes: Shapes, pattern: str) -> int:
@@ -45,9 +63,13 @@ def expect(shapes: Shapes, names: Sequence[str], what: str, where: str) -> None:
     """CheckpointError unless all `names` are there; `what` says whose they are."""
     missing = [name for name in names if name not in shapes]
     if missing:
-        held = ", ".join(f"`{name}`" for name in [*shapes][:8]) or "nothing"
-        more = f" and {len(shapes) - 8} more" if len(shapes) > 8 else ""
         raise CheckpointError(
             f"{where}: these are no weights of {what}.\n  missing: {', '.join(f'`{name}`' for name in missing)}\n"
-            f"  it holds: {held}{more}\nIs it the right file, and the right one of the two?"
+            f"  it holds: {listed(shapes)}\nIs it the right file, and the right one of the two?"
         )
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
+    first = [f"`{name}`" for name in names]
+    return (", ".join(first[:8]) or "nothing") + (f" and {len(first) - 8} more" if len(first) > 8 else "")

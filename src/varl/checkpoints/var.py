@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from varl.checkpoints.folder import Shapes, shapes_of, strict_load
-from varl.checkpoints.released import count, expect, read_weights
+from varl.checkpoints.released import ReleasedFile, count, expect, read_file
 from varl.config import NextScaleConfig, TokenizerConfig
 from varl.errors import CheckpointError
 from varl.models.next_scale import NextScale
@@ -23,6 +23,8 @@ SCHEDULES: dict[int, tuple[Grid, ...]] = {
 """The released schedules, 256 and 512 pixels, by their number of tokens."""
 HEAD_WIDTH = 64
 """Channels per head of every released model."""
+TRANSFORMER, TOKENIZER = "trainer/var_wo_ddp", "trainer/vae_local"
+"""Where a training run's file holds them."""
 HITS = "quantize.ema_vocab_hit_SV"
 
 
@@ -30,7 +32,13 @@ def load_var(path_var: Path | str, path_vae: Path | str) -> tuple[NextScale, Mul
     """The transformer in `path_var` with the tokenizer in `path_vae`, in fp32 on the CPU, sizes read off the weights. Files are `.pth`
     (flat, or a training run's, which holds both: give it twice) or `.safetensors`. Every key is accounted for. The share of phi's
     convolution is the one number that no weight tells: 0.5, as released."""
-    var, vae = read_weights(Path(path_var), "trainer/var_wo_ddp"), read_weights(Path(path_vae), "trainer/vae_local")
+    return var_pair(read_file(Path(path_var)), read_file(Path(path_vae)))
+
+
+def var_pair(file_var: ReleasedFile, file_vae: ReleasedFile) -> tuple[NextScale, MultiScaleVQ]:
+    """`load_var` of files that were read already."""
+    var, vae = file_var.weights(TRANSFORMER), file_vae.weights(TOKENIZER)
+    path_var, path_vae = file_var.path, file_vae.path
     tokenizer = tokenizer_config(shapes_of(vae), str(path_vae))
     config = transformer_config(shapes_of(var), _grids(var, str(path_var)), tokenizer, str(path_var))
     if (tokenizer.vocab, tokenizer.channels) != (len(var["head.weight"]), var["word_embed.weight"].shape[1]):

@@ -20,7 +20,7 @@ from varl.eval.distances import (
     moments,
     precision_recall,
 )
-from varl.eval.features import Classifier, Extractor, device_of, extract, npz_rows, npz_shapes, open_pictures
+from varl.eval.features import Classifier, Extractor, PictureSet, device_of, extract, npz_rows, npz_shapes, open_pictures
 from varl.eval.gradients import estimate
 from varl.eval.inception import Inception
 from varl.rng import generator
@@ -41,8 +41,15 @@ class Reference:
     gaussian: Gaussian
     features: Float[Tensor, "R D"] | None
     """Of single pictures; none where a file holds statistics alone."""
-    size: tuple[int, int] | None
-    """H, W of the pictures, where there are any."""
+
+
+def reference_pictures(source: Path | str | Tensor) -> PictureSet | None:
+    """The pictures in what `read_reference` takes; none in an npz file of statistics or of features."""
+    path = None if isinstance(source, Tensor) else Path(source)
+    shapes = npz_shapes(path) if path is not None and path.suffix == ".npz" else {}
+    if shapes and len(shapes.get("arr_0", (0, 0))) == 2:
+        return None
+    return open_pictures(source)
 
 
 def read_reference(
@@ -52,22 +59,21 @@ def read_reference(
     files have: then `mu` and `sigma` are of more pictures than `arr_0` holds. An `arr_0` of two axes is features, not pictures."""
     path = None if isinstance(source, Tensor) else Path(source)
     shapes = npz_shapes(path) if path is not None and path.suffix == ".npz" else {}
-    features = size = None
-    if path is not None and len(shapes.get("arr_0", ())) == 2:
+    features, pictures = None, reference_pictures(source)
+    if pictures is not None:
+        features = extract(pictures, extractor, batch=batch, cache=cache, tick=tick)
+    elif path is not None and "arr_0" in shapes:
         features = _array(path, "arr_0").float()
-    elif not shapes or "arr_0" in shapes:
-        pictures = open_pictures(source)
-        size, features = pictures.size, extract(pictures, extractor, batch=batch, cache=cache, tick=tick)
     if path is not None and {"mu", "sigma"} <= shapes.keys():
         length = math.prod(shapes["mu"])
         if shapes["sigma"] != (length, length):
             raise DataError(
                 f"{path}: `mu` is {list(shapes['mu'])} and `sigma` {list(shapes['sigma'])}, must be [D] and [D, D]. Make it again."
             )
-        return Reference(gaussian=Gaussian(mean=_array(path, "mu").view(-1), cov=_array(path, "sigma")), features=features, size=size)
+        return Reference(gaussian=Gaussian(mean=_array(path, "mu").view(-1), cov=_array(path, "sigma")), features=features)
     if features is None:
         raise DataError(f"{path}: holds {', '.join(shapes)}, where `mu` and `sigma`, or `arr_0`, are due. Is it a reference file?")
-    return Reference(gaussian=moments(features).gaussian(), features=features, size=size)
+    return Reference(gaussian=moments(features).gaussian(), features=features)
 
 
 def _array(path: Path, name: str) -> Tensor:
@@ -76,6 +82,18 @@ def _array(path: Path, name: str) -> Tensor:
     if not array.isfinite().all():
         raise DataError(f"{path}: `{name}` holds numbers that are not finite. Make the file again.")
     return array
+
+
+def demand_comparable(where: str, count: int, size: tuple[int, int], reference: PictureSet | None) -> None:
+    """DataError unless so many pictures of `size` can be held against the reference's, if it has any."""
+    if count < 2 * GROUPS:
+        raise DataError(f"{where}: {count} pictures, but {GROUPS} groups for intervals need at least {2 * GROUPS}. Draw more.")
+    if reference is not None and reference.size != size:
+        (h, w), (rh, rw) = size, reference.size
+        raise DataError(
+            f"{where}: is {h}x{w} (height x width), the reference {rh}x{rw}; traces of resizing would be measured too. Bring both to one "
+            "size."
+        )
 
 
 def compare_sets(
@@ -102,15 +120,8 @@ def compare_sets(
 
     The same seed gives the same numbers; it says which pictures form a group. At unequal numbers of pictures compare nothing but kid."""
     shown = open_pictures(pictures)
-    if shown.count < 2 * GROUPS:
-        raise DataError(f"{shown.where}: {shown.count} pictures, but {GROUPS} groups for intervals need at least {2 * GROUPS}. Draw more.")
+    demand_comparable(shown.where, shown.count, shown.size, reference_pictures(reference))
     against = read_reference(reference, extractor, batch=batch, cache=cache, tick=tick)
-    if against.size is not None and against.size != shown.size:
-        (h, w), (rh, rw) = shown.size, against.size
-        raise DataError(
-            f"{shown.where}: is {h}x{w} (height x width), the reference {rh}x{rw}; traces of resizing would be measured too. Bring both "
-            "to one size."
-        )
     features, device = extract(shown, extractor, batch=batch, cache=cache, tick=tick), device_of(extractor)
     if features.shape[1] != len(against.gaussian.mean):
         raise DataError(

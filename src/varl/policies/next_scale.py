@@ -190,8 +190,12 @@ class NextScalePolicy:
 
     # -- showing -----------------------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def decode(self, rollout: Rollout) -> Float[Tensor, "B 3 H W"]:
+        return self.render(rollout).add(1).div(2).clamp(0, 1)
+
+    @torch.no_grad()
+    def render(self, rollout: Rollout) -> Float[Tensor, "B 3 H W"]:
+        """What the tokenizer makes of it, meant to lie in [-1, 1] and not clamped."""
         f_hat = self.tokenizer.f_hat(rollout.actions)
         with self._precision():
-            return self.tokenizer.render(f_hat).float().add(1).div(2).clamp(0, 1)
+            return self.tokenizer.render(f_hat).float()

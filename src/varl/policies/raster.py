@@ -306,12 +306,14 @@ class RasterPolicy:
         h, w = self.module.config.image_size
         return h * w // self.tokenizer.config.patch**2 * self.tokenizer.config.width
 
-    @torch.no_grad()
     def decode(self, rollout: Rollout) -> Float[Tensor, "B 3 H W"]:
-        """In fp32, some pictures at a time."""
+        return self.render(rollout).add(1).div(2).clamp(0, 1)
+
+    @torch.no_grad()
+    def render(self, rollout: Rollout) -> Float[Tensor, "B 3 H W"]:
+        """What the tokenizer makes of it, meant to lie in [-1, 1] and not clamped; in fp32, some pictures at a time."""
 
         def some(rows: slice) -> tuple[Tensor]:
-            codes = self.tokenizer.codes(rollout.actions[rows], self.module.config.grid)
-            return (self.tokenizer.render(codes).add(1).div(2).clamp(0, 1),)
+            return (self.tokenizer.render(self.tokenizer.codes(rollout.actions[rows], self.module.config.grid)),)
 
         return in_row_chunks(some, len(rollout), self._pixels)[0]

@@ -1,0 +1,39 @@
+"""Released files of any family, told by the names of their weights."""
+
+from pathlib import Path
+
+from varl.checkpoints import var
+from varl.checkpoints.llamagen import llamagen_pair, unwrapped
+from varl.checkpoints.model import Pair
+from varl.checkpoints.released import ReleasedFile, listed, read_file
+from varl.errors import CheckpointError
+
+MARKS = {"VAR": ("word_embed.weight", "lvl_1L"), "LlamaGen": ("tok_embeddings.weight", "output.weight")}
+"""What transformers of a family hold, and those of no other."""
+
+
+def load_released(
+    transformer: Path | str, tokenizer: Path | str, *, image_size: int | None = None, heads: int | None = None, ema: bool = False
+) -> Pair:
+    """The transformer with its tokenizer, as `load_var` or `load_llamagen` gives them. Of VAR the weights tell everything: it takes none of
+    the further arguments."""
+    files = read_file(Path(transformer)), read_file(Path(tokenizer))
+    if family(files[0]) == "LlamaGen":
+        return llamagen_pair(*files, image_size=image_size, heads=heads, ema=ema)
+    told = {"image_size (--image-size)": image_size, "heads (--heads)": heads, "ema (--ema)": ema or None}
+    if needless := [name for name, value in told.items() if value is not None]:
+        raise CheckpointError(f"{transformer}: is VAR's, whose weights tell everything. Leave {' and '.join(needless)} out.")
+    return var.var_pair(*files)
+
+
+def family(file: ReleasedFile) -> str:
+    """Whose transformer it is, one of `MARKS`."""
+    names = file.weights(var.TRANSFORMER) if isinstance(file.at(var.TRANSFORMER), dict) else unwrapped(file)
+    found = [name for name, marks in MARKS.items() if all(mark in names for mark in marks)]
+    if len(found) != 1:
+        known = "; ".join(f"{name}, with {listed(marks)}" for name, marks in MARKS.items())
+        swapped = " It is a tokenizer: name the transformer first." if "quantize.embedding.weight" in names else ""
+        raise CheckpointError(
+            f"{file.path}: is a transformer of no family that is known.{swapped}\n  it holds: {listed(names)}\n  known: {known}"
+        )
+    return found[0]
