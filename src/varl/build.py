@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import assert_never, cast
 
@@ -18,7 +17,7 @@ from varl.algorithms.var_rl import VARRL
 from varl.checkpoints import hugging_face
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.folder import strict_load
-from varl.checkpoints.model import Pair
+from varl.checkpoints.model import Pair, model_path
 from varl.checkpoints.released import read_weights
 from varl.checkpoints.t5 import load_t5
 from varl.config import (
@@ -65,17 +64,6 @@ PicturesOf = Callable[[Sequence[Prompt]], Tensor]
 
 PROMPTS = 20000
 """Distinct prompts drawn for training on words; a run that needs more goes round again in another order."""
-
-
-def model_path(name: str) -> Path:
-    """Where a model folder lies: a path, or `bundled:NAME` for one that comes with VARL."""
-    kind, _, bundled = name.partition(":")
-    path = Path(str(files("varl") / "bundled" / bundled)) if kind == "bundled" else Path(name)
-    if not (path / "config.yaml").is_file():
-        raise ConfigError(
-            f"model={name!r}: no config.yaml in {path}. Give a model folder (made by `varl pretrain` or `varl convert`), or bundled:words."
-        )
-    return path
 
 
 def build_policy(config: RunConfig, device: torch.device, *, reference: bool) -> NextScalePolicy | RasterPolicy:

@@ -348,7 +348,7 @@ def pretrain(target: Target, assignments: Set = None, out: Out = None, quiet: Qu
     from varl.pretrain.run import pretrain as run
 
     command = command_line("pretrain", target, assignments, folder)
-    with Bar((0 if config.init else config.tokenizer_steps) + config.steps, measured_line, shown=not quiet) as bar:
+    with Bar(config.total_steps, measured_line, shown=not quiet) as bar:
 
         def tick(metrics: Mapping[str, Any]) -> None:
             if bar.task is None:

@@ -684,12 +684,12 @@ class PretrainConfig:
     model: NextScaleConfig | RasterConfig | ClassifierConfig
     data: DataConfig = WordsConfig()
     pictures: int = 4096
-    """Distinct training pictures, rendered once."""
+    """Distinct training pictures, where they are drawn here. Of other pictures all are taken. All are kept in memory."""
     tokenizer_steps: int = 1000
     tokenizer_batch: int = 32
     tokenizer_lr: float = 3e-3
     warmup_share: float = 0.2
-    """First part of the tokenizer's steps as a plain autoencoder, before its codebook is started from real residuals."""
+    """First part of the tokenizer's steps as a plain autoencoder, before its codebook is started from real features."""
     steps: int = 1000
     batch: int = 16
     optim: OptimConfig = OptimConfig(name="muon", lr=3e-3, schedule="linear")
@@ -713,3 +713,17 @@ class PretrainConfig:
             _demand(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         for name in ("warmup_share", "drop_prompt"):
             _demand(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a share, 0 to 1")
+        if isinstance(self.model, ClassifierConfig) and self.init is not None:
+            raise ConfigError(f"init={self.init!r}: a classifier starts from nothing. Leave init out.")
+        if self.pixel_loss is not None and not (isinstance(self.model, RasterConfig) and self.init is not None):
+            raise ConfigError("pixel_loss: trains a raster model that can draw already. Set init to its folder, and `model` to its config.")
+
+    @property
+    def trains_tokenizer(self) -> bool:
+        """Whether there is a first phase for it."""
+        return self.init is None and not isinstance(self.model, ClassifierConfig)
+
+    @property
+    def total_steps(self) -> int:
+        """Over all phases."""
+        return (self.tokenizer_steps if self.trains_tokenizer else 0) + self.steps

@@ -58,15 +58,25 @@ def from_yaml(text: str, cls: type[Config] = RunConfig) -> Config:
     return _structure(_parse(text), cls, "")
 
 
-def model_to_yaml(config: ModelConfig) -> str:
+def model_to_yaml(config: ModelConfig | ClassifierConfig) -> str:
     """`to_yaml` of a model folder, with the `kind` that says of which family it is."""
-    return _dump(_plain(config, ModelConfig))
+    return _dump(_plain(config, ModelConfig | ClassifierConfig))
 
 
 def model_from_yaml(text: str) -> ModelConfig:
     """The config of a model folder; one without `kind` is a next-scale model's, as folders were first written."""
-    tree = _parse(text)
-    return _structure({"kind": KINDS[NextScaleConfig], **tree} if isinstance(tree, dict) else tree, ModelConfig, "")
+    config = _structure(_parse(text), ModelConfig | ClassifierConfig, "")
+    if isinstance(config, ClassifierConfig):
+        raise ConfigError("kind='classifier': names what a picture shows, and draws nothing. Give a model that draws.")
+    return config
+
+
+def classifier_from_yaml(text: str) -> ClassifierConfig:
+    """The config of a classifier's folder."""
+    config = _structure(_parse(text), ModelConfig | ClassifierConfig, "")
+    if not isinstance(config, ClassifierConfig):
+        raise ConfigError(f"kind={KINDS[type(config)]!r}: draws pictures, and names none. Give a classifier.")
+    return config
 
 
 def override(config: Config, assignments: Sequence[str]) -> Config:
@@ -164,6 +174,8 @@ def _choose(value: Any, classes: list[Any], path: str) -> Any:
     if len(classes) == 1:
         return _structure(value, classes[0], path)
     by_kind = {KINDS[member]: member for member in classes}
+    if isinstance(value, dict) and NextScaleConfig in classes:  # the only models when configs were first written
+        value = {"kind": KINDS[NextScaleConfig], **value}
     if not isinstance(value, dict) or "kind" not in value:
         raise ConfigError(f"{_join(path, 'kind')} is missing: say which one, {' or '.join(by_kind)}.")
     if value["kind"] not in by_kind:

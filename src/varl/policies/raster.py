@@ -65,6 +65,29 @@ def first_of_each(prompts: Sequence[Prompt], read: Int[Tensor, "B l"]) -> tuple[
     return [of.index(place) for place in range(len(places))], of
 
 
+def caption_features(
+    prompts: Sequence[Prompt], nothing: Float[Tensor, "N C"], captions: CaptionEncoder
+) -> tuple[dict[str | int, Tensor], list[str | int], list[str | int]]:
+    """Features by key; the key of each prompt; and of its "none": the last n vectors of `nothing` for a caption of n tokens, as released,
+    all of them for the empty prompt."""
+    require_text(prompts)
+    texts = list(dict.fromkeys(prompt.text for prompt in prompts if prompt.text))
+    features: dict[str | int, Tensor] = {}
+    for text, found in zip(texts, captions(texts) if texts else (), strict=True):
+        if not 1 <= len(found) <= len(nothing):
+            raise DataError(f"prompt {text!r} has {len(found)} tokens, the model takes 1 to {len(nothing)}. Shorten it.")
+        if found.shape[1] != nothing.shape[1]:
+            raise ConfigError(
+                f"captions have features of width {found.shape[1]}, the model was trained on {nothing.shape[1]}. "
+                "Give the text encoder that it was trained with."
+            )
+        features[text] = found.to(nothing)
+    keys: list[str | int] = [prompt.text or len(nothing) for prompt in prompts]
+    none: list[str | int] = [len(features[prompt.text]) if prompt.text else len(nothing) for prompt in prompts]
+    lengths = {key for key in [*keys, *none] if isinstance(key, int)}
+    return features | {length: nothing[len(nothing) - length :] for length in lengths}, keys, none
+
+
 @dataclass(slots=True)
 class Branch:
     """Where a half-drawn batch stands. With guidance the cache holds the conditional rows, then the unconditional ones."""
@@ -123,7 +146,8 @@ class RasterPolicy:
         """What differs among the prompts, once each, and its row for each prompt; then for each prompt's "none", if guided."""
         places: dict[str | int, int] = {}
         if isinstance(model.cls_embedding, CaptionEmbedding):
-            features, keys, none = self._captions(prompts, model.cls_embedding.uncond_embedding)
+            assert self.captions is not None
+            features, keys, none = caption_features(prompts, model.cls_embedding.uncond_embedding, self.captions)
             rows = [places.setdefault(key, len(places)) for key in (keys + none if guided else keys)]
             condition = model.condition(*pad_left([features[key] for key in places]))
         else:
@@ -131,29 +155,6 @@ class RasterPolicy:
             rows = [places.setdefault(key, len(places)) for key in (keys + [classes] * len(keys) if guided else keys)]
             condition = model.condition(torch.tensor(list(places), device=self.device))
         return condition, torch.tensor(rows, device=self.device)
-
-    def _captions(
-        self, prompts: Sequence[Prompt], nothing: Float[Tensor, "N C"]
-    ) -> tuple[dict[str | int, Tensor], list[str | int], list[str | int]]:
-        """Features by key; the key of each prompt; and of its "none": the last n vectors of `nothing` for a caption of n tokens, as
-        released, all of them for the empty prompt."""
-        require_text(prompts)
-        assert self.captions is not None
-        texts = list(dict.fromkeys(prompt.text for prompt in prompts if prompt.text))
-        features: dict[str | int, Tensor] = {}
-        for text, found in zip(texts, self.captions(texts) if texts else (), strict=True):
-            if not 1 <= len(found) <= len(nothing):
-                raise DataError(f"prompt {text!r} has {len(found)} tokens, the model takes 1 to {len(nothing)}. Shorten it.")
-            if found.shape[1] != nothing.shape[1]:
-                raise ConfigError(
-                    f"captions have features of width {found.shape[1]}, the model was trained on {nothing.shape[1]}. "
-                    "Give the text encoder that it was trained with."
-                )
-            features[text] = found.to(nothing)
-        keys: list[str | int] = [prompt.text or len(nothing) for prompt in prompts]
-        none: list[str | int] = [len(features[prompt.text]) if prompt.text else len(nothing) for prompt in prompts]
-        lengths = {key for key in [*keys, *none] if isinstance(key, int)}
-        return features | {length: nothing[len(nothing) - length :] for length in lengths}, keys, none
 
     # -- acting ------------------------------------------------------------------------------------------------------------------------
 

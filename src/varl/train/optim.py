@@ -120,13 +120,17 @@ class Muon(torch.optim.Optimizer):
         )
 
 
+def block_matrices(module: nn.Module) -> list[nn.Parameter]:
+    """The matrices inside the transformer's `blocks`, whatever the family calls them; none where there are no blocks."""
+    return [p for block in getattr(module, "blocks", ()) for p in block.parameters() if p.ndim == 2]
+
+
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """Moves every parameter of `module` that requires grad. Weight decay falls on matrices and convolutions, not on biases and norms.
     Muon takes the matrices inside `blocks`, at `muon_lr`; what embeds and what reads out stays with AdamW."""
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    inside = [p for name, p in named if config.name == "muon" and p.ndim == 2 and "blocks" in name.split(".")]
-    chosen = {id(p) for p in inside}
-    rest = [p for _, p in named if id(p) not in chosen]
+    moved = [p for p in module.parameters() if p.requires_grad]
+    chosen = {id(p) for p in block_matrices(module)} if config.name == "muon" else set()
+    inside, rest = [p for p in moved if id(p) in chosen], [p for p in moved if id(p) not in chosen]
     parts = [
         {"params": inside, "muon": True, "lr": config.muon_lr, "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.ndim >= 2], "lr": config.lr, "weight_decay": config.weight_decay},

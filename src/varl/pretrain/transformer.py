@@ -1,0 +1,65 @@
+"""A transformer from scratch, or trained on: cross-entropy of the pictures' own tokens."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from varl.config import PretrainConfig
+from varl.pretrain.data import Shown, batch_index, signed
+from varl.pretrain.family import Family
+from varl.pretrain.phase import Metrics, Stateless, descend
+from varl.rng import generator
+from varl.train.optim import build_optimizer
+
+
+class TransformerPhase(Stateless):
+    stage = "transformer"
+
+    def __init__(self, config: PretrainConfig, family: Family, shown: Shown, device: torch.device) -> None:
+        self.config, self.family, self.shown, self.device = config, family, shown, device
+        self.steps, self.optim = config.steps, config.optim
+        self.optimizer = build_optimizer(family.model, config.optim)
+
+    def begin(self) -> None:
+        self.family.tokenizer.requires_grad_(False)
+        self.ids, self.held_ids = (token_ids(self.family, images, self.device) for images in (self.shown.images, self.shown.held_images))
+        self.said, self.held_said = (self.family.read(said).to(self.device) for said in (self.shown.prompts, self.shown.held_prompts))
+
+    def step(self, step: int) -> Metrics:
+        config = self.config
+        batch = batch_index(len(self.ids), config.batch, step, config.seed, "transformer")
+        said = without_prompts(self.said[batch], self.family, config, step)
+        with precision(config, self.device):
+            losses, right = self.family.fit(said, self.ids[batch])
+        loss = losses.mean()
+        norm = descend(self, loss, self.family.model.parameters())
+
+        def metrics(loss=loss.detach()) -> dict[str, Any]:
+            fit = {"pretrain/perplexity": float(loss.exp()), "pretrain/accuracy": float(right.float().mean())}
+            return {"pretrain/loss": float(loss), **fit, "grad_norm": float(norm), **self._heldout()}
+
+        return metrics
+
+    @torch.no_grad()
+    def _heldout(self) -> dict[str, float]:
+        pieces = zip(self.held_said.split(64), self.held_ids.split(64), strict=True)
+        losses = torch.cat([self.family.fit(said, ids)[0] for said, ids in pieces])
+        parts = {f"pretrain/heldout_loss_{name}": value for name, value in self.family.parts(losses).items()}
+        return {"pretrain/heldout_loss": float(losses.mean()), **parts}
+
+
+@torch.no_grad()
+def token_ids(family: Family, images: UInt8[Tensor, "N 3 H W"], device: torch.device) -> Int[Tensor, "N L"]:
+    return torch.cat([family.tokenizer.encode(signed(part, device)) for part in images.split(256)])
+
+
+def without_prompts(said: Int[Tensor, "b ..."], family: Family, config: PretrainConfig, step: int) -> Int[Tensor, "b ..."]:
+    """A share `drop_prompt` of the prompts made empty, so that the model also learns guidance's "none"."""
+    gone = torch.rand(len(said), generator=generator(config.seed, "drop", step)) < config.drop_prompt
+    return torch.where(gone.to(said.device).view(-1, *[1] * (said.ndim - 1)), family.nothing(said).to(said.device), said)
+
+
+def precision(config: PretrainConfig, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
