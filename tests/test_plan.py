@@ -24,15 +24,8 @@ from varl.config import (
 )
 from varl.data.folder import write_folder
 from varl.plan import format_plan, plan
-from varl.plan.cost import (
-    autoencoder_cost,
-    cost,
-    decoder_cost,
-    matmul_speed,
-    optimizer_bytes,
-    transformer_cost,
-    without_memory,
-)
+from varl.plan.cost import contexts_of, matmul_speed, optimizer_bytes
+from varl.plan.families import autoencoder_cost, cost, decoder_cost, encoder_cost, family_of, without_memory
 from varl.plan.words import in_bytes, in_time
 from varl.train.optim import build_optimizer
 from varl.types import Prompt, Region
@@ -119,18 +112,18 @@ def test_guidance_draws_twice_and_iterations_train_again(config):
 def test_operations_of_a_forward_pass_by_hand():
     """Two operations for each multiplication: matrices of a token, attention of scale t over all up to t, matrices of a row."""
     config = replace(TINY, text=None, num_classes=3)
-    model, _ = without_memory(config)
+    family = family_of(without_memory(config))
     d, hidden, vocab, channels = 32, 128, 16, 4
     token = 4 * d * d + 2 * d * hidden + d * vocab
     attention = 2 * d * (1 * 1 + 2 * 3 + 8 * 11)
     row = 6 * d * d + 2 * d * d
-    assert transformer_cost(model, 3).flops == 2 * (11 * token + attention + row + 10 * channels * d)
-    assert transformer_cost(model, 1).flops == 2 * (token + 2 * d + row)
+    assert family.forward(3).flops == 2 * (11 * token + attention + row + 10 * channels * d)
+    assert family.forward(1).flops == 2 * (token + 2 * d + row)
 
 
 def test_operations_of_the_tokenizer_are_those_of_its_convolutions():
-    _, tokenizer = without_memory(TINY)
-    assert decoder_cost(tokenizer).flops < autoencoder_cost(tokenizer, TINY.image_size).flops
+    family = family_of(without_memory(TINY))
+    assert decoder_cost(family).flops < autoencoder_cost(family).flops
     convolution = nn.Conv2d(3, 5, 3, padding=1, device="meta")
     assert cost(lambda: convolution(torch.empty(1, 3, 4, 6)), convolution).flops == 2 * 5 * 4 * 6 * 3 * 9
 
@@ -142,8 +135,8 @@ def test_what_autograd_keeps_by_hand():
 
 
 def test_activations_grow_with_the_scales():
-    model, _ = without_memory(TINY)
-    assert transformer_cost(model, 2).saved < transformer_cost(model, 3).saved
+    family = family_of(without_memory(TINY))
+    assert family.forward(2).saved < family.forward(3).saved
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -167,7 +160,7 @@ def test_memory_by_hand(config):
     assert [found.memory[part] for part in ("weights", "gradients", "reference", "moving average")] == [weights] * 4
     assert found.memory["optimizer"] == 2 * weights
     assert found.memory["logits"] == 3 * 4 * (4 * TOKENS * 16)
-    assert found.memory["activations"] == 4 * transformer_cost(without_memory(TINY)[0], 3).saved
+    assert found.memory["activations"] == 4 * family_of(without_memory(TINY)).forward(3).saved
     plain = plan(config, calibrate=False).memory
     assert not {"reference", "moving average"} & plain.keys()
     half = plan(replace(config, train=replace(config.train, dtype="bfloat16")), calibrate=False).memory

@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 
 from varl.algorithms.var_rl import VARRL
-from varl.build import build_algorithm
-from varl.config import FolderConfig, PretrainConfig, RunConfig, WordsConfig
+from varl.build import build_algorithm, new_policy
+from varl.config import ClassifierConfig, FolderConfig, PicturesConfig, PretrainConfig, RunConfig, WordsConfig
 from varl.plan.cost import (
     device_memory,
     device_of,
@@ -17,11 +17,10 @@ from varl.plan.cost import (
     run_memory,
     run_updates,
     weights_of,
-    without_memory,
 )
-from varl.plan.missing import attempt, check_prompts, check_regions, config_of, doubts, judge_of, prompts_of
+from varl.plan.families import Family, family_of, without_memory
+from varl.plan.missing import attempt, check_prompts, check_regions, check_size, config_of, data_of, doubts, judge_of
 from varl.plan.words import Plan, format_plan, in_bytes
-from varl.policies.next_scale import NextScalePolicy
 
 __all__ = ["Plan", "device_of", "format_plan", "plan"]
 
@@ -31,11 +30,13 @@ def plan(config: RunConfig | PretrainConfig, *, calibrate: bool = True) -> Plan:
 
         memory = weights 4N + gradients 4N + optimizer (AdamW 8N, Muon 4 per weight of a matrix inside blocks) + tokenizer 4N'
                + reference 4N + moving average 4N                                                    where there are any
-               + rollout   key-value cache 2 x depth x width x L x rows x (4, bf16 2), rows doubled by guidance
+               + rollout   key-value cache 2 x depth x width x L x rows x (4, bf16 2), rows doubled by guidance; of VA-pi
+                           4 copies of a chunk of logits instead
                + training  what autograd saves in one micro-batch (counted; half in bf16), and 3 copies of a chunk of logits
 
-    N parameters, L tokens of a picture; bytes. Of rollout and training only the larger where a step is one chunk: else the next chunk is
-    drawn while one is trained on. Operations are counted by torch on the meta device, a training pass as 3 forward passes."""
+    N parameters, L tokens of a picture; bytes. Rows that share a forward pass, as VA-pi's do, count once. Of rollout and training only the
+    larger where a step is one chunk: else the next chunk is drawn while one is trained on. Operations are counted by torch on the meta
+    device, a training pass as 3 forward passes."""
     if isinstance(config, PretrainConfig):
         return _of_pretraining(config, calibrate)
     return _of_run(config, calibrate)
@@ -46,37 +47,42 @@ def _of_run(config: RunConfig, calibrate: bool) -> Plan:
     warnings: list[str] = []
     device = attempt(problems, device_of, config.train.device) or torch.device("cpu")
     model_config = attempt(problems, config_of, config.model)
-    prompts, heldout = prompts_of(problems, config.data, "rl")
-    check_regions(problems, prompts, config.rewards)
-    rewards = [attempt(problems, judge_of, name, part.reward) for name, part in config.rewards.items()]
-    if config.eval.every and isinstance(config.data, FolderConfig) and not config.data.heldout:
+    data = data_of(problems, config.data, "rl")
+    check_regions(problems, data.prompts, config.rewards)
+    rewards = [attempt(problems, judge_of, name, part.reward, data.pictures) for name, part in config.rewards.items()]
+    if config.eval.every and isinstance(config.data, FolderConfig | PicturesConfig) and not config.data.heldout:
         problems.append(f"eval.every={config.eval.every}, but the data holds no prompts for evaluation. Set data.heldout, or eval.every=0.")
-    if config.eval.every and heldout is not None and config.eval.samples > heldout:
-        warnings.append(f"eval.samples={config.eval.samples}, but there are {heldout} held-out prompts or words: some come more than once.")
+    if config.eval.every and data.heldout is not None and config.eval.samples > data.heldout:
+        again = "some come more than once" if isinstance(config.data, WordsConfig) else "there are no more samples"
+        warnings.append(f"eval.samples={config.eval.samples}, but there are {data.heldout} held-out prompts or words: {again}.")
     said = tuple(line for line in rewards if line)
     if model_config is None:
         return Plan(problems=tuple(problems), warnings=tuple(warnings), rewards=said)
-    model, tokenizer = without_memory(model_config)
-    policy = attempt(problems, NextScalePolicy, model, tokenizer, sample_law=config.sample_law, score_law=config.score_law)
-    check_prompts(problems, prompts, model_config)
-    algorithm = None if policy is None else attempt(problems, build_algorithm, config.algorithm, policy)
+    pair = without_memory(model_config)
+    policy = attempt(problems, new_policy, pair, sample_law=config.sample_law, score_law=config.score_law)
+    check_prompts(problems, data.prompts, model_config)
+    algorithm = None if policy is None else attempt(problems, build_algorithm, config.algorithm, policy, data.pictures)
     m = attempt(problems, algorithm.middle, policy.layout) if policy and isinstance(algorithm, VARRL) else None
     if isinstance(config.data, WordsConfig) and config.data.image_size != model_config.image_size:
         warnings.append(
             f"data.image_size={config.data.image_size}, but the model draws {model_config.image_size}: "
             "boxes are laid out for another shape."
         )
+    else:
+        check_size(problems, config.data, model_config)
+    family = family_of(pair)
     if algorithm is None or (isinstance(algorithm, VARRL) and m is None):
-        return Plan(problems=tuple(problems), warnings=tuple(warnings), rewards=said, grids=model_config.grids)
-    updates = run_updates(config, model, tokenizer, m)
+        return Plan(problems=tuple(problems), warnings=tuple(warnings), rewards=said, layout=family.layout)
+    updates = run_updates(config, family, m)
     plan = Plan(
         problems=tuple(problems),
         warnings=(*warnings, *doubts(config, updates)),
         rewards=said,
-        grids=model_config.grids,
+        layout=family.layout,
         middle_step=m,
-        parameters={"transformer": weights_of(model), "tokenizer": weights_of(tokenizer)},
-        memory=run_memory(config, model, tokenizer, m),
+        prefix_tokens=0 if m is None else family.tokens(m),
+        parameters=_parameters(family),
+        memory=run_memory(config, family, m),
         available=device_memory(device),
         updates=updates,
     )
@@ -90,22 +96,24 @@ def _of_pretraining(config: PretrainConfig, calibrate: bool) -> Plan:
         found = attempt(problems, config_of, config.init)
         if found not in (None, config.model):
             problems.append(f"init={config.init!r} holds a model of another config than `model`. Copy `model` from its config.yaml.")
-    check_prompts(problems, prompts_of(problems, config.data, "pretrain")[0], config.model)
-    if isinstance(config.data, WordsConfig) and config.data.image_size != config.model.image_size:
-        problems.append(
-            f"data.image_size={config.data.image_size}, but the model's grids and stride make "
-            f"{config.model.image_size} pixels. Make them equal."
-        )
-    model, tokenizer = without_memory(config.model)
+    check_prompts(problems, data_of(problems, config.data, "pretrain").prompts, config.model)
+    check_size(problems, config.data, config.model)
+    if isinstance(config.model, ClassifierConfig):
+        return Plan(problems=tuple(problems))
+    family = family_of(without_memory(config.model))
     plan = Plan(
         problems=tuple(problems),
-        grids=config.model.grids,
-        parameters={"transformer": weights_of(model), "tokenizer": weights_of(tokenizer)},
-        memory=pretraining_memory(config, model, tokenizer),
+        layout=family.layout,
+        parameters=_parameters(family),
+        memory=pretraining_memory(config, family),
         available=device_memory(device),
-        updates=pretraining_updates(config, model, tokenizer),
+        updates=pretraining_updates(config, family),
     )
     return _finished(plan, device, config.dtype, config.model.width, calibrate)
+
+
+def _parameters(family: Family) -> dict[str, int]:
+    return {"transformer": weights_of(family.model), "tokenizer": weights_of(family.tokenizer)}
 
 
 def _finished(plan: Plan, device: torch.device, dtype: str, width: int, calibrate: bool) -> Plan:

@@ -2,86 +2,29 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 from varl.build import needs_reference
-from varl.config import NextScaleConfig, OptimConfig, PretrainConfig, RunConfig, VARRLConfig
+from varl.config import OptimConfig, PretrainConfig, RunConfig, VAPIConfig, VARRLConfig
 from varl.errors import ConfigError
-from varl.models.next_scale import NextScale
+from varl.plan.families import Family, autoencoder_cost, decoder_cost, encoder_cost
 from varl.policies.sampling import CHUNK_ELEMENTS
-from varl.tokenizers.multiscale_vq import MultiScaleVQ
+from varl.train.optim import build_optimizer
 
 FORWARD_AND_BACKWARD = 3
 """A training pass, in forward passes: the backward pass multiplies twice as much."""
 LOGIT_COPIES = 3
 """Logits, their log-softmax and their gradient."""
+DRAWN_COPIES = 4
+"""Of logits from which several tokens are drawn: they, their log-softmax, its exponential and the sums of that."""
 WHOLE = "whole pictures"
 """Name of an update that trains every token."""
-
-
-# ---- a picture's cost -------------------------------------------------------------------------------------------------------------------
-
-
-def without_memory(config: NextScaleConfig) -> tuple[NextScale, MultiScaleVQ]:
-    with torch.device("meta"):
-        return fresh(config)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cost:
-    """Of one row."""
-
-    flops: float
-    saved: int
-    """Bytes that autograd keeps for the backward pass, weights not counted, in fp32."""
-
-
-def cost(fn: Callable[[], Any], module: nn.Module) -> Cost:
-    """Of one call of `fn`, which runs `module` on the meta device."""
-    weights = {p.untyped_storage()._cdata for p in module.parameters()}
-    saved: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            saved[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda tensor: tensor):
-        held = fn()  # keeps the graph, so that no storage is freed and its address used again
-    del held
-    return Cost(flops=float(counter.get_total_flops()), saved=sum(saved.values()))
-
-
-def transformer_cost(model: NextScale, scales: int) -> Cost:
-    """A teacher-forced pass over the first scales of one picture, logits included; drawing them with a cache multiplies the same."""
-    config, tokens = model.config, model.ends[scales - 1]
-
-    def run() -> Tensor:
-        text = config.text
-        ids = torch.ones(1, dtype=torch.long) if text is None else torch.ones(1, 3 + text.max_length, dtype=torch.long)
-        condition = model.condition(ids)
-        hidden = model(condition, torch.empty(1, tokens - model.ends[0], config.tokenizer.channels), scales)
-        return model.logits(hidden, condition)
-
-    return cost(run, model)
-
-
-def decoder_cost(tokenizer: MultiScaleVQ) -> Cost:
-    """From one feature map to pixels."""
-    return cost(lambda: tokenizer.render(torch.empty(1, tokenizer.config.channels, *tokenizer.quantize.grids[-1])), tokenizer)
-
-
-def autoencoder_cost(tokenizer: MultiScaleVQ, size: tuple[int, int]) -> Cost:
-    """One picture through encoder and decoder."""
-    return cost(lambda: tokenizer.render(tokenizer.features(torch.empty(1, 3, *size))), tokenizer)
+IN_CONTEXT = "draws in the context of a picture"
+"""Name of VA-pi's update."""
 
 
 def weights_of(module: nn.Module) -> int:
@@ -89,9 +32,11 @@ def weights_of(module: nn.Module) -> int:
 
 
 def optimizer_bytes(module: nn.Module, config: OptimConfig) -> int:
-    """AdamW keeps two numbers a weight; Muon one for each matrix inside blocks, and AdamW's two for the rest."""
-    inside = sum(p.numel() for name, p in module.named_parameters() if p.ndim == 2 and "blocks" in name.split("."))
-    return 8 * weights_of(module) - (4 * inside if config.name == "muon" else 0)
+    """AdamW keeps two numbers a weight; Muon one for each matrix that is its own, and AdamW's two for the rest."""
+    if config.name == "adamw":
+        return 8 * weights_of(module)
+    groups = build_optimizer(module, config).param_groups
+    return sum((4 if group["muon"] else 8) * p.numel() for group in groups for p in group["params"])
 
 
 def matmul_speed(device: torch.device, dtype: torch.dtype, width: int, seconds: float = 0.2) -> float:
@@ -143,20 +88,22 @@ class Update:
     drawn: int
     """Tokens drawn; a prefix that several continuations share counts once."""
     trained: int
-    """Tokens in training passes."""
+    """Tokens in training passes; a pass that several rows share counts once."""
     flops: dict[str, float]
     """Floating-point operations by phase."""
 
 
-def run_updates(config: RunConfig, model: NextScale, tokenizer: MultiScaleVQ, m: int | None) -> tuple[Update, ...]:
+def run_updates(config: RunConfig, family: Family, m: int | None) -> tuple[Update, ...]:
     """How often each kind of update is made, and what one costs."""
+    if isinstance(config.algorithm, VAPIConfig):
+        return (_in_context(config, config.algorithm, family),)
     prompts, algorithm, steps = config.train.prompts_per_step, config.algorithm, config.train.steps
-    grpo = algorithm.grpo
-    pictures, whole, tokens = prompts * grpo.num_generations, transformer_cost(model, len(model.ends)).flops, model.ends[-1]
-    start, start_tokens = (0.0, 0) if m is None else (transformer_cost(model, m).flops, model.ends[m - 1])
-    branches = 2 if config.sample_law.guided or config.score_law.guided else 1
-    passes = grpo.num_iterations * (2 if config.score_law.guided else 1)
-    decode = decoder_cost(tokenizer).flops
+    grpo, layout = algorithm.grpo, family.layout
+    pictures, whole, tokens = prompts * grpo.num_generations, family.forward(layout.steps).flops, layout.tokens
+    start, start_tokens = (0.0, 0) if m is None else (family.forward(m).flops, family.tokens(m))
+    reading, to_end = family.reading(), family.drawing(layout.steps)
+    to_middle = 0.0 if m is None else family.drawing(m)
+    decode = decoder_cost(family).flops
 
     def update(name: str, times: int, prefixes: int, judged: int, trained: Sequence[tuple[int, float, int]]) -> Update:
         """`prefixes` drawn as far as m, `judged` pictures finished from there; `trained` holds (rows, operations, tokens) of each pass."""
@@ -167,9 +114,9 @@ def run_updates(config: RunConfig, model: NextScale, tokenizer: MultiScaleVQ, m:
             drawn=prefixes * start_tokens + judged * (tokens - start_tokens),
             trained=grpo.num_iterations * sum(rows * length for rows, _, length in trained),
             flops={
-                "rollout": branches * (prefixes * start + judged * (whole - start)),
+                "rollout": _branches(config) * (prompts * reading + prefixes * to_middle + judged * (to_end - to_middle)),
                 "decode": judged * decode,
-                "train": passes * (FORWARD_AND_BACKWARD + needs_reference(algorithm)) * sum(rows * flops for rows, flops, _ in trained),
+                "train": _passes(config) * sum(rows * flops for rows, flops, _ in trained),
             },
         )
 
@@ -180,7 +127,7 @@ def run_updates(config: RunConfig, model: NextScale, tokenizer: MultiScaleVQ, m:
     shared = prompts if algorithm.shared_prefix_baseline else pictures
     cycle = algorithm.prefix_updates + algorithm.suffix_updates
     prefix_steps = steps // cycle * algorithm.prefix_updates + min(steps % cycle, algorithm.prefix_updates)
-    prefix = "prefix" if m is not None and m < len(model.ends) else WHOLE
+    prefix = "prefix" if m is not None and m < layout.steps else WHOLE
     both = (
         update(prefix, prefix_steps, pictures, finished, [(pictures, start, start_tokens), *siblings]),
         update("suffix", steps - prefix_steps, shared, pictures, [(pictures, whole, tokens)]),
@@ -188,66 +135,117 @@ def run_updates(config: RunConfig, model: NextScale, tokenizer: MultiScaleVQ, m:
     return tuple(kind for kind in both if kind.count)
 
 
-def run_memory(config: RunConfig, model: NextScale, tokenizer: MultiScaleVQ, m: int | None) -> dict[str, int]:
+def _in_context(config: RunConfig, algorithm: VAPIConfig, family: Family) -> Update:
+    """VA-pi's: P pictures encoded, a forward pass for each from which its G draws come, P G decoded, a training pass for each picture; and
+    one more for each time that a micro-batch cuts a picture's rows apart. Tokens kept on disk (`data.tokens`) save encoding, which is
+    counted all the same."""
+    pictures, grpo, tokens = config.train.prompts_per_step, algorithm.grpo, family.layout.tokens
+    judged, whole = pictures * grpo.num_generations, family.forward(family.layout.steps).flops
+    contexts = sum(sum(chunk) for chunk in contexts_of(config, algorithm))
+    return Update(
+        name=IN_CONTEXT,
+        count=config.train.steps,
+        judged=judged,
+        drawn=judged * tokens,
+        trained=grpo.num_iterations * contexts * tokens,
+        flops={
+            "encode": pictures * encoder_cost(family).flops,
+            "rollout": _branches(config) * pictures * whole,
+            "decode": judged * decoder_cost(family).flops,
+            "train": _passes(config) * contexts * whole,
+        },
+    )
+
+
+def _branches(config: RunConfig) -> int:
+    """How often a token is read while pictures are drawn."""
+    return 2 if config.sample_law.guided or config.score_law.guided else 1
+
+
+def _passes(config: RunConfig) -> int:
+    """Training on a row, in forward passes; with the reference's, which makes no gradient."""
+    once = FORWARD_AND_BACKWARD + needs_reference(config.algorithm)
+    return config.algorithm.grpo.num_iterations * (2 if config.score_law.guided else 1) * once
+
+
+def contexts_of(config: RunConfig, algorithm: VAPIConfig) -> list[list[int]]:
+    """Of each chunk of a step, how many pictures each micro-batch holds rows of: a picture has G + 1, side by side, and one that is cut
+    apart is in two micro-batches or more."""
+    rows, most = algorithm.grpo.num_generations + 1, config.train.rollouts_per_backward
+    pictures, at_once = config.train.prompts_per_step, max(1, algorithm.grpo.rollouts_per_chunk // algorithm.grpo.num_generations)
+    chunks = [min(at_once, pictures - start) * rows for start in range(0, pictures, at_once)]
+    return [[(min(first + most, end) - 1) // rows - first // rows + 1 for first in range(0, end, most)] for end in chunks]
+
+
+def run_memory(config: RunConfig, family: Family, m: int | None) -> dict[str, int]:
     """Bytes by part, at the moment when most is held."""
+    model, layout = family.model, family.layout
     algorithm, c, size = config.algorithm, model.config, 2 if config.train.dtype == "bfloat16" else 4
     grpo = algorithm.grpo
     group = grpo.num_generations * (algorithm.num_continuations if isinstance(algorithm, VARRLConfig) else 1)
     chunk = min(max(1, grpo.rollouts_per_chunk // group), config.train.prompts_per_step) * group
-    guided = 2 if config.sample_law.guided or config.score_law.guided else 1
     whole_pictures = not isinstance(algorithm, VARRLConfig) or algorithm.suffix_updates > 0 or algorithm.tree_reuse
-    scales = len(model.ends) if whole_pictures or m is None else m
+    steps = layout.steps if whole_pictures or m is None else m
     weights = 4 * weights_of(model)
     memory = {
         "weights": weights,
         "gradients": weights,
         "optimizer": optimizer_bytes(model, config.train.optim),
-        "tokenizer": 4 * weights_of(tokenizer),
+        "tokenizer": 4 * weights_of(family.tokenizer),
         "reference": weights * needs_reference(algorithm),
         "moving average": weights * (config.train.ema_decay > 0),
     }
-    cache = {"key-value cache": 2 * c.depth * c.width * model.ends[-1] * chunk * guided * size}
-    rows = min(config.train.rollouts_per_backward, chunk) * (2 if config.score_law.guided else 1)
-    training = training_bytes(model, scales, rows, size)
+    if isinstance(algorithm, VAPIConfig):
+        rows = max(max(chunk) for chunk in contexts_of(config, algorithm))
+        drawing = {"drawing": DRAWN_COPIES * 4 * _logits_at_once(chunk // group, layout.tokens, c.tokenizer.vocab)}
+    else:
+        rows = min(config.train.rollouts_per_backward, chunk)
+        drawing = {"key-value cache": 2 * c.depth * c.width * family.positions * chunk * _branches(config) * size}
+    training = training_bytes(family, steps, rows * (2 if config.score_law.guided else 1), size)
     if chunk < config.train.prompts_per_step * group:  # the next chunk is drawn while one is trained on
-        return held(memory | cache | training)
-    return held(memory | max(cache, training, key=lambda part: sum(part.values())))
+        return held(memory | drawing | training)
+    return held(memory | max(drawing, training, key=lambda part: sum(part.values())))
 
 
-def training_bytes(model: NextScale, scales: int, rows: int, size: int) -> dict[str, int]:
-    tokens, vocab = model.ends[scales - 1], model.config.tokenizer.vocab
-    logits = min(rows * tokens * vocab, max(CHUNK_ELEMENTS, tokens * vocab))
-    return {"activations": rows * transformer_cost(model, scales).saved * size // 4, "logits": LOGIT_COPIES * 4 * logits}
+def training_bytes(family: Family, steps: int, rows: int, size: int) -> dict[str, int]:
+    """Of one micro-batch of the first `steps` steps."""
+    logits = _logits_at_once(rows, family.tokens(steps), family.model.config.tokenizer.vocab)
+    return {"activations": rows * family.forward(steps).saved * size // 4, "logits": LOGIT_COPIES * 4 * logits}
+
+
+def _logits_at_once(rows: int, tokens: int, vocab: int) -> int:
+    """How many logits are held together; never less than a row's."""
+    return min(rows * tokens * vocab, max(CHUNK_ELEMENTS, tokens * vocab))
 
 
 def held(memory: dict[str, int]) -> dict[str, int]:
     return {name: size for name, size in memory.items() if size}
 
 
-def pretraining_updates(config: PretrainConfig, model: NextScale, tokenizer: MultiScaleVQ) -> tuple[Update, ...]:
+def pretraining_updates(config: PretrainConfig, family: Family) -> tuple[Update, ...]:
     """The tokenizer's, if it is trained, and the transformer's."""
-    tokens, picture = model.ends[-1], autoencoder_cost(tokenizer, config.model.image_size)
+    layout = family.layout
 
     def update(name: str, times: int, batch: int, flops: float) -> Update:
         flops = FORWARD_AND_BACKWARD * batch * flops
-        return Update(name=name, count=times, judged=0, drawn=0, trained=batch * tokens, flops={"train": flops})
+        return Update(name=name, count=times, judged=0, drawn=0, trained=batch * layout.tokens, flops={"train": flops})
 
     both = (
-        update("tokenizer", 0 if config.init else config.tokenizer_steps, config.tokenizer_batch, picture.flops),
-        update("transformer", config.steps, config.batch, transformer_cost(model, len(model.ends)).flops),
+        update("tokenizer", 0 if config.init else config.tokenizer_steps, config.tokenizer_batch, autoencoder_cost(family).flops),
+        update("transformer", config.steps, config.batch, family.forward(layout.steps).flops),
     )
     return tuple(kind for kind in both if kind.count)
 
 
-def pretraining_memory(config: PretrainConfig, model: NextScale, tokenizer: MultiScaleVQ) -> dict[str, int]:
+def pretraining_memory(config: PretrainConfig, family: Family) -> dict[str, int]:
     """Bytes by part, in the phase that holds more."""
-    size, weights = 2 if config.dtype == "bfloat16" else 4, 4 * weights_of(model)
+    size, weights = 2 if config.dtype == "bfloat16" else 4, 4 * weights_of(family.model)
     memory = {
         "weights": weights,
         "gradients": weights,
-        "optimizer": optimizer_bytes(model, config.optim),
-        "tokenizer, its gradients and optimizer": 16 * weights_of(tokenizer),
+        "optimizer": optimizer_bytes(family.model, config.optim),
+        "tokenizer, its gradients and optimizer": 16 * weights_of(family.tokenizer),
     }
-    tokenizer_phase = {"activations": config.tokenizer_batch * autoencoder_cost(tokenizer, config.model.image_size).saved * size // 4}
-    transformer_phase = training_bytes(model, len(model.ends), config.batch, size)
+    tokenizer_phase = {"activations": config.tokenizer_batch * autoencoder_cost(family).saved * size // 4}
+    transformer_phase = training_bytes(family, family.layout.steps, config.batch, size)
     return held(memory | max(tokenizer_phase, transformer_phase, key=lambda part: sum(part.values())))

@@ -2,37 +2,48 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, assert_never
 
-from varl.build import model_path
+from varl.build import PicturesOf, build_reconstruction, demand_pictures, model_path
 from varl.checkpoints.folder import MANIFEST, load_config, read_part
 from varl.config import (
+    ClassifierConfig,
     DataConfig,
     FolderConfig,
-    NextScaleConfig,
+    GlyphsConfig,
+    ModelConfig,
     OCRConfig,
+    PicturesConfig,
     PythonRewardConfig,
     ReconstructionConfig,
     RewardConfig,
     RunConfig,
+    VAPIConfig,
     VARRLConfig,
     WeightedReward,
+    WordsConfig,
 )
+from varl.data import glyphs
 from varl.data.folder import read_folder
 from varl.data.fonts import load_font
+from varl.data.pictures import Pictures, read_pictures, together
 from varl.data.words import PALETTES, split, word_list
 from varl.data.words import prompts as word_prompts
 from varl.errors import CheckpointError, ConfigError, VarlError
-from varl.plan.cost import Update
-from varl.policies.next_scale import model_ids
+from varl.plan.cost import Update, contexts_of
+from varl.plan.families import require_readable
+from varl.policies.acting import class_ids
 from varl.rewards.ocr import choose_engine, open_engine
 from varl.rewards.toy import load_callable
-from varl.settings import from_yaml
+from varl.settings import model_from_yaml
 from varl.types import Prompt
 
 PROMPTS_TRIED = 64
-"""Prompts of drawn words that are given to the encoder; of a folder, all are."""
+"""Prompts of drawn words and letters that are given to the model's encoder; of folders, all are."""
+PICTURES_OPENED = 32
+"""Of real pictures, from all over them; the others are opened when their turn comes."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -48,7 +59,7 @@ def attempt(problems: list[str], fn: Callable[P, T], *args: P.args, **kwargs: P.
         return None
 
 
-def config_of(name: str) -> NextScaleConfig:
+def config_of(name: str) -> ModelConfig:
     """The model's config, after every file beside it was found to have the size that was written; hashes are checked when it is loaded."""
     path = model_path(name)
     manifest = json.loads(read_part(path, MANIFEST))
@@ -56,37 +67,86 @@ def config_of(name: str) -> NextScaleConfig:
     wrong = [f"{file} has {size:,} bytes of {manifest[file]['bytes']:,}" for file, size in sizes.items() if size != manifest[file]["bytes"]]
     if wrong:
         raise CheckpointError(f"model={name!r}: not whole: {'; '.join(wrong)}. Copy or save the model folder again.")
-    return from_yaml(load_config(path), NextScaleConfig)
+    return model_from_yaml(load_config(path))
 
 
-def prompts_of(problems: list[str], data: DataConfig, part: str) -> tuple[Sequence[Prompt], int | None]:
-    """Prompts that the run will see, of drawn words some, and the number of held-out prompts or words; None where there are none to speak
-    of. Every face, palette, list and folder that is missing joins the problems."""
-    if isinstance(data, FolderConfig):
-        held = attempt(problems, read_folder, data.heldout) if data.heldout else None
-        return [*(attempt(problems, read_folder, data.path) or ()), *(held or ())], None if held is None else len(held)
-    known = len(problems)
-    for name in data.fonts:
-        attempt(problems, load_font, name, 12)
-    problems += [f"palette {name!r}: unknown. Known: {', '.join(PALETTES)}." for name in data.palettes if name not in PALETTES]
-    words = attempt(problems, lambda: split(word_list(data), data))
-    if words is None:
-        return (), None
-    some = None if len(problems) > known else attempt(problems, word_prompts, getattr(words, part), data, PROMPTS_TRIED, data.seed)
-    return some or (), len(words.heldout)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """What a run will see."""
+
+    prompts: Sequence[Prompt] = ()
+    """Of drawn words and letters some, of folders all, held-out ones too."""
+    heldout: int | None = None
+    """Number of held-out prompts or words; None where there are none, or as many as are asked for."""
+    pictures: PicturesOf | None = None
+    """Those that were found, where the data is of real pictures."""
 
 
-def check_prompts(problems: list[str], prompts: Sequence[Prompt], model: NextScaleConfig) -> None:
+def data_of(problems: list[str], data: DataConfig, part: str) -> Data:
+    """What can be found of it. Every face, palette, list, folder and package that is missing joins the problems."""
+    match data:
+        case FolderConfig():
+            held = attempt(problems, read_folder, data.heldout) if data.heldout else None
+            prompts = [*(attempt(problems, read_folder, data.path) or ()), *(held or ())]
+            return Data(prompts=prompts, heldout=None if held is None else len(held))
+        case WordsConfig():
+            known = len(problems)
+            for name in data.fonts:
+                attempt(problems, load_font, name, 12)
+            check_palettes(problems, data.palettes)
+            words = attempt(problems, lambda: split(word_list(data), data))
+            if words is None:
+                return Data()
+            some = None if len(problems) > known else attempt(problems, word_prompts, getattr(words, part), data, PROMPTS_TRIED, data.seed)
+            return Data(prompts=some or (), heldout=len(words.heldout))
+        case GlyphsConfig():
+            check_palettes(problems, data.palettes)
+            own = attempt(problems, glyphs.pictures, data, data.split, max(PROMPTS_TRIED, len(data.letters)), data.seed)
+            attempt(problems, glyphs.pictures, data, "heldout", 1, data.seed)
+            return Data(prompts=own.prompts if own else (), pictures=together(*([own] if own else [])))
+        case PicturesConfig():
+            own = opened(problems, data)
+            held = None if data.heldout is None else opened(problems, replace(data, path=data.heldout, heldout=None, share=1.0))
+            found = [part for part in (own, held) if part is not None]
+            prompts = [prompt for part in found for prompt in part.prompts]
+            return Data(prompts=prompts, heldout=None if held is None else len(held), pictures=together(*found))
+    assert_never(data)
+
+
+def opened(problems: list[str], data: PicturesConfig) -> Pictures | None:
+    """The pictures at `data.path`, of which some were opened."""
+    found = attempt(problems, read_pictures, data)
+    if found is not None:
+        for prompt in found.prompts[:: -(-len(found) // PICTURES_OPENED)]:
+            attempt(problems, found.pixels, [prompt])
+    return found
+
+
+def check_palettes(problems: list[str], palettes: Sequence[str]) -> None:
+    problems += [f"palette {name!r}: unknown. Known: {', '.join(PALETTES)}." for name in palettes if name not in PALETTES]
+
+
+def check_prompts(problems: list[str], prompts: Sequence[Prompt], model: ModelConfig | ClassifierConfig) -> None:
     """Whether the model knows every character, attribute and class, and a model of classes is asked for one."""
     if model.num_classes is not None:
         unlabelled, prompts = [p for p in prompts if p.label is None], [p for p in prompts if p.label is not None]
         if unlabelled:
+            does = "learns" if isinstance(model, ClassifierConfig) else "draws"
             problems.append(
-                f"{count(unlabelled, prompts)} no label: this model draws classes 0 to {model.num_classes - 1}, and without one of them "
-                "anything. Give every prompt a `label`."
+                f"{count(unlabelled, prompts)} no label: this model {does} classes 0 to {model.num_classes - 1}, and without one of them "
+                f"{'nothing' if does == 'learns' else 'anything'}. Give every prompt a `label`."
             )
-    if prompts:
-        attempt(problems, model_ids, prompts, model)
+    if isinstance(model, ClassifierConfig):
+        attempt(problems, class_ids, prompts, model.num_classes)
+    elif prompts:
+        attempt(problems, require_readable, prompts, model)
+
+
+def check_size(problems: list[str], data: DataConfig, model: ModelConfig | ClassifierConfig) -> None:
+    """Whether pictures that are made or cut to a size have the model's. Those of a folder are as large as they are."""
+    if not isinstance(data, FolderConfig) and data.image_size != model.image_size:
+        whose = "the model sees" if isinstance(model, ClassifierConfig) else "the model's grids and stride make"
+        problems.append(f"data.image_size={data.image_size}, but {whose} {model.image_size} pixels. Make them equal.")
 
 
 def check_regions(problems: list[str], prompts: Sequence[Prompt], rewards: Mapping[str, WeightedReward]) -> None:
@@ -114,8 +174,8 @@ def count(those: Sequence[Prompt], others: Sequence[Prompt]) -> str:
     return f"{len(those)} of {len(those) + len(others)} prompts{first} have"
 
 
-def judge_of(name: str, config: RewardConfig) -> str:
-    """Who judges. The engine is opened, the callable found."""
+def judge_of(name: str, config: RewardConfig, pictures: PicturesOf | None) -> str:
+    """Who judges. The engine is opened, the callable found; `pictures` are the data's, if it has any."""
     match config:
         case OCRConfig():
             engine, why = choose_engine(config.engine)
@@ -128,9 +188,11 @@ def judge_of(name: str, config: RewardConfig) -> str:
             for file in (config.vgg, config.heads):
                 if file is not None and not Path(file).is_file():
                     raise ConfigError(f"rewards.{name}: there is no file {file}. Put the released weights there.")
-            if config.features is not None:
-                load_callable(config.features)
+            pictures = demand_pictures("reconstruction", pictures)
+            if config.vgg is None:
+                build_reconstruction(config, pictures)
             return f"{name}: reconstruction, MSE{'' if config.lpips_weight == 0 else ' and ' + (config.features or 'LPIPS')}"
+    assert_never(config)
 
 
 def doubts(config: RunConfig, updates: Sequence[Update]) -> list[str]:
@@ -139,11 +201,21 @@ def doubts(config: RunConfig, updates: Sequence[Update]) -> list[str]:
     grpo = algorithm.grpo
     group = grpo.num_generations * (algorithm.num_continuations if isinstance(algorithm, VARRLConfig) else 1)
     most = max(update.judged for update in updates)
+    own = train.prompts_per_step if isinstance(algorithm, VAPIConfig) else 0
     found = []
-    if train.rollouts_per_backward > most:
+    if train.rollouts_per_backward > most + own:
         found.append(
-            f"train.rollouts_per_backward={train.rollouts_per_backward} is more than the {most} pictures of a step: a step is one piece."
+            f"train.rollouts_per_backward={train.rollouts_per_backward} is more than the {most + own} "
+            f"{'rows (draws and own tokens)' if own else 'pictures'} of a step: a step is one piece."
         )
+    if isinstance(algorithm, VAPIConfig):
+        passes = sum(sum(chunk) for chunk in contexts_of(config, algorithm))
+        if passes > train.prompts_per_step:
+            found.append(
+                f"train.rollouts_per_backward={train.rollouts_per_backward} cuts pictures apart, each of which has {group + 1} rows, its "
+                f"draws and its own tokens: {passes} training passes in a step for {train.prompts_per_step} pictures. Set a multiple of "
+                f"{group + 1}."
+            )
     if grpo.rollouts_per_chunk < group:
         found.append(
             f"rollouts_per_chunk={grpo.rollouts_per_chunk} is less than a group of {group}, which is never split: chunks hold {group}."

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from varl.plan.cost import Update
+from varl.types import Layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,8 +14,10 @@ class Plan:
     warnings: tuple[str, ...] = ()
     rewards: tuple[str, ...] = ()
     """Which engine judges, and why."""
-    grids: tuple[tuple[int, int], ...] = ()
+    layout: Layout | None = None
     middle_step: int | None = None
+    prefix_tokens: int = 0
+    """Of a picture, up to the middle step."""
     parameters: dict[str, int] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     """Bytes by part at the moment when most is held."""
@@ -27,8 +30,7 @@ class Plan:
     @property
     def prefix_share(self) -> float:
         """Share of a picture's tokens in the prefix."""
-        sizes = [h * w for h, w in self.grids]
-        return sum(sizes[: self.middle_step]) / sum(sizes)
+        return self.prefix_tokens / self.layout.tokens if self.layout else 0.0
 
     def total(self, count: Callable[[Update], float]) -> float:
         """Over all updates of the run."""
@@ -49,8 +51,8 @@ def in_time(seconds: int | float) -> str:
 def format_plan(plan: Plan) -> str:
     """The plan as text, one fact a line."""
     rows = [("problem", line) for line in plan.problems]
-    if plan.updates:
-        rows += _cost_rows(plan)
+    if plan.layout is not None and plan.updates:
+        rows += _cost_rows(plan, plan.layout)
     rows += [("reward", line) for line in plan.rewards]
     rows += [("warning", line) for line in plan.warnings]
     if not plan.problems:
@@ -58,13 +60,15 @@ def format_plan(plan: Plan) -> str:
     return "\n".join(f"{name:<12}{line}" for name, line in rows)
 
 
-def _cost_rows(plan: Plan) -> Iterable[tuple[str, str]]:
-    tokens = sum(h * w for h, w in plan.grids)
-    yield "picture", f"{tokens} tokens on {len(plan.grids)} scales: " + ", ".join(f"{h}x{w}" for h, w in plan.grids)
-    if plan.middle_step == len(plan.grids):
-        yield "prefix", f"all {plan.middle_step} scales: whole pictures are trained on"
+def _cost_rows(plan: Plan, layout: Layout) -> Iterable[tuple[str, str]]:
+    grids = ", ".join(f"{h}x{w}" for h, w in layout.grids)
+    scales = layout.steps == len(layout.grids)
+    yield "picture", f"{layout.tokens} tokens on {layout.steps} scales: {grids}" if scales else f"{layout.tokens} tokens, {grids}"
+    if plan.middle_step == layout.steps:
+        yield "prefix", f"all {plan.middle_step} {'scales' if scales else 'tokens'}: whole pictures are trained on"
     elif plan.middle_step is not None:
-        yield "prefix", f"the first {plan.middle_step} scales hold {plan.prefix_share:.1%} of the tokens"
+        held = f"scales hold {plan.prefix_share:.1%} of the tokens" if scales else f"tokens are {plan.prefix_share:.1%} of the picture"
+        yield "prefix", f"the first {plan.middle_step} {held}"
     for u in plan.updates:
         flops = ", ".join(f"{phase} {flops:.2e}" for phase, flops in u.flops.items())
         drawn = f"{u.judged:,} pictures judged, {u.drawn:,} tokens drawn, " if u.judged else ""

@@ -1,0 +1,216 @@
+"""What a picture costs in each model family, counted on torch's meta device, where nothing has memory."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, assert_never, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from varl.checkpoints.model import Pair, fresh
+from varl.config import ModelConfig, NextScaleConfig, RasterConfig
+from varl.models.layers import KVCache
+from varl.models.next_scale import NextScale
+from varl.models.raster import Condition, Raster
+from varl.policies.acting import class_ids, require_text
+from varl.policies.next_scale import model_ids
+from varl.tokenizers.multiscale_vq import MultiScaleVQ
+from varl.tokenizers.vq import VQ
+from varl.types import Layout, Prompt
+
+Tokenizer = MultiScaleVQ | VQ
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Of one row."""
+
+    flops: float
+    saved: int
+    """Bytes that autograd keeps for the backward pass, weights not counted, in fp32."""
+
+
+def cost(fn: Callable[[], Any], module: nn.Module) -> Cost:
+    """Of one call of `fn`, which runs `module` on the meta device."""
+    weights = {p.untyped_storage()._cdata for p in module.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda tensor: tensor):
+        held = fn()  # keeps the graph, so that no storage is freed and its address used again
+    del held
+    return Cost(flops=float(counter.get_total_flops()), saved=sum(saved.values()))
+
+
+# ---- transformers -----------------------------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Family(Protocol):
+    """A transformer and its tokenizer on the meta device, and what a plan asks of the transformer."""
+
+    @property
+    def model(self) -> NextScale | Raster: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def layout(self) -> Layout:
+        """As the policy has it."""
+        ...
+
+    @property
+    def positions(self) -> int:
+        """Of a whole picture, in the key-value cache of a row."""
+        ...
+
+    def tokens(self, steps: int) -> int:
+        """Of the first `steps` steps."""
+        ...
+
+    def forward(self, steps: int) -> Cost:
+        """A teacher-forced pass over the first `steps` steps of one picture, logits included."""
+        ...
+
+    def reading(self) -> float:
+        """Operations on a prompt that its pictures share when they are drawn."""
+        ...
+
+    def drawing(self, steps: int) -> float:
+        """Operations to draw the first `steps` steps of one picture with a cache, logits included."""
+        ...
+
+
+class NextScaleFamily:
+    def __init__(self, model: NextScale, tokenizer: MultiScaleVQ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.layout = Layout(grids=model.config.grids, steps=len(model.config.grids))
+        self.positions = model.ends[-1]
+
+    def tokens(self, steps: int) -> int:
+        return self.model.ends[steps - 1]
+
+    def forward(self, steps: int) -> Cost:
+        model, config = self.model, self.model.config
+
+        def run() -> Tensor:
+            text = config.text
+            ids = torch.ones(1, dtype=torch.long) if text is None else torch.ones(1, 3 + text.max_length, dtype=torch.long)
+            condition = model.condition(ids)
+            hidden = model(condition, torch.empty(1, self.tokens(steps) - model.ends[0], config.tokenizer.channels), steps)
+            return model.logits(hidden, condition)
+
+        return cost(run, model)
+
+    def reading(self) -> float:
+        """Counted with each picture's pass."""
+        return 0.0
+
+    def drawing(self, steps: int) -> float:
+        """A step sees what its scale sees in a teacher-forced pass."""
+        return self.forward(steps).flops
+
+
+class RasterFamily:
+    """A caption is taken to be as long as the model can read."""
+
+    def __init__(self, model: Raster, tokenizer: VQ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.layout = Layout(grids=(model.config.grid,), steps=model.tokens)
+        self.positions = model.prefix + model.tokens - 1
+
+    def tokens(self, steps: int) -> int:
+        return steps
+
+    def forward(self, steps: int) -> Cost:
+        model = self.model
+        return cost(lambda: model.logits(model(self._condition(), torch.ones(1, steps, dtype=torch.long))), model)
+
+    def reading(self) -> float:
+        model = self.model
+        return cost(lambda: model.step(condition := self._condition(), None, model.cache(condition, 1)), model).flops
+
+    def drawing(self, steps: int) -> float:
+        """What a step costs grows linearly with the tokens before it, so that all of them cost as many as there are times the mean of the
+        first and the last. The first token is drawn from what was read."""
+        model = self.model
+        head = cost(lambda: model.logits(torch.empty(1, 1, model.config.width)), model).flops
+        if steps == 1:
+            return head
+        first, last = (self._step(model.prefix + before) for before in (0, steps - 2))
+        return steps * head + (steps - 1) * (first + last) / 2
+
+    def _step(self, length: int) -> float:
+        """Operations of a token with `length` positions before it, without logits."""
+        model, config = self.model, self.model.config
+
+        def run() -> Tensor:
+            cache = KVCache.empty(config.depth, (1, config.heads, length + 1, config.width // config.heads), model.output.weight)
+            cache.length = length
+            condition = Condition(tokens=torch.empty(1, model.prefix, config.width), there=None)
+            return model.step(condition, torch.ones(1, dtype=torch.long), cache)
+
+        return cost(run, model).flops
+
+    def _condition(self) -> Condition:
+        captions = self.model.config.captions
+        given = torch.ones(1, dtype=torch.long) if captions is None else torch.empty(1, captions.tokens, captions.width)
+        return self.model.condition(given)
+
+
+def without_memory(config: ModelConfig) -> Pair:
+    with torch.device("meta"):
+        return fresh(config)
+
+
+def family_of(pair: Pair) -> Family:
+    match pair:
+        case (NextScale() as model, MultiScaleVQ() as tokenizer):
+            return NextScaleFamily(model, tokenizer)
+        case (Raster() as model, VQ() as tokenizer):
+            return RasterFamily(model, tokenizer)
+    assert_never(pair)
+
+
+def require_readable(prompts: Sequence[Prompt], config: ModelConfig) -> None:
+    """DataError for a prompt that the model cannot read. How long a caption is, its encoder alone knows."""
+    match config:
+        case NextScaleConfig():
+            model_ids(prompts, config)
+        case RasterConfig(num_classes=int() as classes):
+            class_ids(prompts, classes)
+        case RasterConfig():
+            require_text(prompts)
+
+
+# ---- tokenizers, alike in all families --------------------------------------------------------------------------------------------------
+
+
+def decoder_cost(family: Family) -> Cost:
+    """From one feature map to pixels."""
+    tokenizer, grid = family.tokenizer, family.layout.grids[-1]
+    return cost(lambda: tokenizer.render(torch.empty(1, tokenizer.config.channels, *grid)), tokenizer)
+
+
+def encoder_cost(family: Family) -> Cost:
+    """From pixels to the nearest codes, each token's looked for once."""
+    tokenizer, c, picture = family.tokenizer, family.tokenizer.config, (1, 3, *family.model.config.image_size)
+
+    def run() -> tuple[Tensor, Tensor]:
+        return tokenizer.features(torch.empty(picture)), torch.empty(family.layout.tokens, c.channels) @ torch.empty(c.channels, c.vocab)
+
+    return cost(run, tokenizer)
+
+
+def autoencoder_cost(family: Family) -> Cost:
+    """One picture through encoder and decoder."""
+    tokenizer, picture = family.tokenizer, (1, 3, *family.model.config.image_size)
+    return cost(lambda: tokenizer.render(tokenizer.features(torch.empty(picture))), tokenizer)
