@@ -4,9 +4,13 @@ from itertools import product
 
 import pytest
 import torch
+from PIL import Image
 from scipy.stats import chisquare
 
-from varl.config import CaptionConfig, LawConfig, RasterConfig, VQConfig
+from varl.build import build_policy
+from varl.checkpoints import model as model_folder
+from varl.config import CaptionConfig, LawConfig, PicturesConfig, RasterConfig, RunConfig, VQConfig
+from varl.data.pictures import read_pictures
 from varl.errors import ConfigError, DataError
 from varl.models.raster import Raster
 from varl.policies import sampling
@@ -334,6 +338,50 @@ def test_a_picture_is_read_as_its_tokens(policy):
     again = policy.given(given.actions, given.prompts)
     assert again.logp.isnan().all()
     assert torch.equal(again.actions, given.actions)
+
+
+def encoded(policy: RasterPolicy) -> list[int]:
+    """Fills with the number of pictures of each pass of the encoder."""
+    seen: list[int] = []
+    policy.tokenizer.encoder.register_forward_hook(lambda encoder, args, out: seen.append(len(out)))
+    return seen
+
+
+def of_pictures(tmp_path, tokenizer_seed: int = 0) -> tuple[RasterPolicy, torch.Tensor]:
+    """Built as a run builds it: a model folder, four pictures of noise, and a folder to keep tokens in."""
+    torch.manual_seed(tokenizer_seed)
+    model = model_folder.save(tmp_path / f"base-{tokenizer_seed}", make_model(CLASSES), VQ(TOKENIZER), {})
+    (tmp_path / "real").mkdir(exist_ok=True)
+    noise = (torch.rand(4, 4, 6, 3, generator=torch.Generator().manual_seed(1)) * 256).byte().numpy()
+    for i, pixels in enumerate(noise):
+        Image.fromarray(pixels).save(tmp_path / "real" / f"{i}.png")
+    data = PicturesConfig(path=str(tmp_path / "real"), image_size=(4, 6), tokens=str(tmp_path / "tokens"))
+    policy = build_policy(RunConfig(model=str(model), data=data, rewards={}), torch.device("cpu"), reference=False)
+    pictures = read_pictures(data)
+    return policy, pictures.images(pictures.prompts)
+
+
+def test_kept_tokens_are_those_of_the_tokenizer_and_a_second_run_encodes_nothing(tmp_path):
+    for run in range(2):
+        policy, images = of_pictures(tmp_path)
+        seen = encoded(policy)
+        given = [policy.encode(images[rows], [PROMPTS["classes"][row] for row in rows]) for rows in ([0, 1, 2], [2, 3])]
+        assert seen == ([3, 1] if run == 0 else [])
+        policy.tokens = None
+        for kept, rows in zip(given, ([0, 1, 2], [2, 3]), strict=True):
+            plain = policy.encode(images[rows], [PROMPTS["classes"][row] for row in rows])
+            assert torch.equal(kept.actions, plain.actions)
+            a, b = (policy.draw(known, stream(rows).repeat(2), prefix_noise=0.5) for known in (kept, plain))
+            assert torch.equal(a.actions, b.actions)
+            assert torch.equal(a.logp, b.logp)
+            assert torch.equal(a.context, b.context)
+
+
+def test_tokens_that_another_tokenizer_left_are_refused_by_name(tmp_path):
+    policy, images = of_pictures(tmp_path)
+    policy.encode(images, PROMPTS["classes"])
+    with pytest.raises(DataError, match=r"tokens of the tokenizer '.*base-0'.*, not of '.*base-1'.*Give another folder"):
+        of_pictures(tmp_path, tokenizer_seed=1)
 
 
 def test_draws_read_the_picture_and_not_one_another(policy):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from varl.data.token_cache import MANIFEST, TokenCache, picture_keys, tokenizer_key
+from varl.data.words import as_float
 from varl.errors import DataError
 
 WEIGHTS = {"codebook": torch.arange(6.0).view(3, 2), "scale": torch.tensor(0.5, dtype=torch.bfloat16)}
@@ -25,6 +26,10 @@ class Encoder:
 
 def pictures(*greys):
     return torch.tensor(greys, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2).contiguous()
+
+
+def shown(*greys):
+    return as_float(pictures(*greys))
 
 
 def cache(folder, tokenizer="a" * 64, name="models/base"):
@@ -70,26 +75,34 @@ def test_a_tokenizer_is_known_by_weights_and_config():
 
 def test_each_picture_is_encoded_once(tmp_path):
     encode, tokens = Encoder(), cache(tmp_path)
-    assert tokens.ids(pictures(5, 6, 5), encode).tolist() == [[5] * 4, [6] * 4, [5] * 4]
-    assert tokens.ids(pictures(6, 7), encode).tolist() == [[6] * 4, [7] * 4]
-    assert tokens.ids(pictures(7, 5, 6), encode).dtype == torch.int64
+    assert tokens.ids(shown(5, 6, 5), encode).tolist() == [[5] * 4, [6] * 4, [5] * 4]
+    assert tokens.ids(shown(6, 7), encode).tolist() == [[6] * 4, [7] * 4]
+    assert tokens.ids(shown(7, 5, 6), encode).dtype == torch.int64
     assert encode.asked == [2, 1]
     assert len(tokens) == 3
 
 
 def test_what_one_run_encoded_another_finds(tmp_path):
-    cache(tmp_path).ids(pictures(5, 6), Encoder())
-    cache(tmp_path).ids(pictures(7), Encoder())
+    cache(tmp_path).ids(shown(5, 6), Encoder())
+    cache(tmp_path).ids(shown(7), Encoder())
     encode = Encoder()
-    assert cache(tmp_path).ids(pictures(7, 6, 5), encode).tolist() == [[7] * 4, [6] * 4, [5] * 4]
+    assert cache(tmp_path).ids(shown(7, 6, 5), encode).tolist() == [[7] * 4, [6] * 4, [5] * 4]
     assert encode.asked == []
+
+
+def test_what_is_encoded_is_what_the_key_names(tmp_path):
+    encode, tokens = Encoder(), cache(tmp_path)
+    levels = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1).expand(-1, 3, 2, 2).contiguous()
+    assert tokens.ids(as_float(levels), encode)[:, 0].tolist() == list(range(256))
+    assert tokens.ids(shown(7, 8) + torch.tensor([0.4, -0.4]).view(2, 1, 1, 1) / 255, encode)[:, 0].tolist() == [7, 8]
+    assert encode.asked == [256]
 
 
 def test_two_processes_that_encode_the_same_agree(tmp_path):
     one, two = cache(tmp_path), cache(tmp_path)
     for tokens in (one, two):
-        tokens.ids(pictures(1, 2), Encoder())
-    two.ids(pictures(2, 3), Encoder())
+        tokens.ids(shown(1, 2), Encoder())
+    two.ids(shown(2, 3), Encoder())
     assert len(parts(tmp_path)) == 2
     assert len(cache(tmp_path)) == 3
 
@@ -99,13 +112,13 @@ def test_a_file_half_written_is_not_seen(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     tokens = cache(tmp_path)
-    tokens.ids(pictures(1), Encoder())
+    tokens.ids(shown(1), Encoder())
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(DataError, match=r"cannot be written \(No space left on device\)"):
-        tokens.ids(pictures(2), Encoder())
+        tokens.ids(shown(2), Encoder())
     monkeypatch.undo()
     assert len(list((tmp_path / "tokens").iterdir())) == 2
-    assert tokens.ids(pictures(1, 2), Encoder()).tolist() == [[1] * 4, [2] * 4]
+    assert tokens.ids(shown(1, 2), Encoder()).tolist() == [[1] * 4, [2] * 4]
     assert len(cache(tmp_path)) == 2
 
 
@@ -113,7 +126,7 @@ def test_a_file_half_written_is_not_seen(tmp_path, monkeypatch):
 
 
 def test_another_tokenizers_cache_is_refused_by_name(tmp_path):
-    cache(tmp_path).ids(pictures(1), Encoder())
+    cache(tmp_path).ids(shown(1), Encoder())
     with pytest.raises(
         DataError, match=r"tokens of the tokenizer 'models/base' \(a{12}\), not of 'models/mine' \(b{12}\).*Give another folder"
     ):
@@ -132,11 +145,11 @@ def test_a_folder_that_is_no_cache_is_left_alone(tmp_path):
 def test_a_folder_that_another_process_is_making_is_no_strange_one(tmp_path):
     (tmp_path / "tokens").mkdir()
     (tmp_path / "tokens" / f"{MANIFEST}.tmp-1").write_text("{")
-    assert cache(tmp_path).ids(pictures(1), Encoder()).tolist() == [[1] * 4]
+    assert cache(tmp_path).ids(shown(1), Encoder()).tolist() == [[1] * 4]
 
 
 def test_a_damaged_file_is_named(tmp_path):
-    cache(tmp_path).ids(pictures(1), Encoder())
+    cache(tmp_path).ids(shown(1), Encoder())
     (file,) = parts(tmp_path)
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -157,9 +170,9 @@ def test_a_manifest_that_says_nothing_is_named(tmp_path, text):
 
 def test_pictures_of_another_length_do_not_mix(tmp_path):
     tokens = cache(tmp_path)
-    tokens.ids(pictures(1), Encoder(tokens=4))
+    tokens.ids(shown(1), Encoder(tokens=4))
     with pytest.raises(DataError, match=r"holds pictures of 4 tokens, the tokenizer gives 9"):
-        tokens.ids(pictures(2), Encoder(tokens=9))
+        tokens.ids(shown(2), Encoder(tokens=9))
     assert len(tokens) == len(cache(tmp_path)) == 1
 
 

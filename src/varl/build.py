@@ -43,6 +43,7 @@ from varl.data.caption_cache import CaptionCache
 from varl.data.folder import read_folder
 from varl.data.pictures import heldout_pictures, read_pictures, together
 from varl.data.sampler import PromptSampler, shard
+from varl.data.token_cache import TokenCache, tokenizer_key
 from varl.data.words import prompts as word_prompts
 from varl.data.words import split, word_list
 from varl.errors import ConfigError, DataError
@@ -55,6 +56,7 @@ from varl.rewards.ocr_reward import OCRReward
 from varl.rewards.perceptual import VGG16, Heads, Maps
 from varl.rewards.reconstruction import ReconstructionReward
 from varl.rewards.toy import load_callable
+from varl.settings import to_yaml
 from varl.tokenizers.multiscale_vq import MultiScaleVQ
 from varl.tokenizers.vq import VQ
 from varl.types import Algorithm, BranchingPolicy, Policy, Prompt, RewardFn, TeacherForcedPolicy
@@ -67,11 +69,15 @@ PROMPTS = 20000
 
 
 def build_policy(config: RunConfig, device: torch.device, *, reference: bool) -> NextScalePolicy | RasterPolicy:
-    """The model and its tokenizer, on the device, with a frozen copy as reference where KL needs one."""
+    """The model and its tokenizer, on the device, with a frozen copy as reference where KL needs one, and with the tokens of pictures that
+    were encoded before where the data says where they are kept."""
     dtype = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
     policy = new_policy(model_folder.load(model_path(config.model)), device, config.sample_law, config.score_law, dtype)
     if reference:
         policy.reference = copy.deepcopy(policy.module).eval().requires_grad_(False)  # type: ignore[assignment]
+    if isinstance(policy, RasterPolicy) and isinstance(config.data, PicturesConfig) and config.data.tokens is not None:
+        key = tokenizer_key(policy.tokenizer.state_dict(), to_yaml(policy.tokenizer.config))
+        policy.tokens = TokenCache(config.data.tokens, tokenizer=key, name=config.model).ids
     return policy
 
 

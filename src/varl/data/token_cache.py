@@ -63,12 +63,14 @@ class TokenCache:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def ids(self, images: UInt8[Tensor, "B 3 H W"], encode: Encode) -> Int[Tensor, "B L"]:
-        """The pictures' tokens. Those that the cache lacks are encoded, together, each once, and kept."""
-        keys = picture_keys(images)
+    def ids(self, images: Float[Tensor, "B 3 H W"], encode: Encode) -> Int[Tensor, "B L"]:
+        """The tokens of pictures in [0, 1], each pixel taken as the nearest of a file's 256 levels, which changes none that came from a
+        file. Those that the cache lacks are encoded, together, each once, and kept."""
+        pixels = (images * 255).round().to("cpu", torch.uint8)
+        keys = picture_keys(pixels)
         new = {key: i for i, key in enumerate(keys) if key not in self.rows}
         if new:
-            self._add(list(new), encode(as_float(images[list(new.values())])).to("cpu", torch.int32))
+            self._add(list(new), encode(as_float(pixels[list(new.values())])).to("cpu", torch.int32))
         return torch.stack([self.rows[key] for key in keys]).long()
 
     def _add(self, keys: list[bytes], ids: Int[Tensor, "N L"]) -> None:

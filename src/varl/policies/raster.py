@@ -35,6 +35,8 @@ from varl.types import Layout, Prompt, Rollout, Score
 
 CaptionEncoder = Callable[[Sequence[str]], Sequence[Tensor]]
 """From captions to the features [n, C] of each one's n tokens, without padding."""
+KeptTokens = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
+"""From pictures [B, 3, H, W] in [0, 1], and what encodes those that are new, to ids [B, L]."""
 
 
 def corrupt(ids: Int[Tensor, "B L"], uniform: Float[Tensor, "B L 2"], share: float, vocab: int) -> Int[Tensor, "B L"]:
@@ -114,6 +116,8 @@ class RasterPolicy:
         self.layout = Layout(grids=(model.config.grid,), steps=model.tokens)
         self.reference: Raster | None = None
         """A frozen model of the same shape; set it to have `Score.kl` and `Score.ref_logp`."""
+        self.tokens: KeptTokens | None = None
+        """Where pictures' tokens are kept; set it to encode each picture once."""
         self._check_laws()
         if model.config.captions is not None and captions is None:
             raise ConfigError("this model reads captions and the policy has no encoder for them. Give `captions`, from texts to features.")
@@ -217,16 +221,16 @@ class RasterPolicy:
     # -- a real picture ----------------------------------------------------------------------------------------------------------------
 
     def encode(self, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt]) -> Rollout:
-        """The pictures' own tokens, as `given`. The tokenizer works in fp32."""
+        """The pictures' own tokens, as `given`, from `tokens` if they are kept there. The tokenizer works in fp32."""
         if tuple(images.shape[2:]) != self.module.config.image_size:
             got, want = ("x".join(map(str, size)) for size in (images.shape[2:], self.module.config.image_size))
             raise DataError(f"pictures of {got} pixels: the model was trained on {want}. Resize and crop them first.")
-        return self.given(self._tokenize(images.to(self.device)), prompts)
+        return self.given(self._tokenize(images) if self.tokens is None else self.tokens(images, self._tokenize), prompts)
 
     @torch.no_grad()
     def _tokenize(self, images: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B L"]:
         def some(rows: slice) -> tuple[Tensor]:
-            return (self.tokenizer.encode(images[rows].float() * 2 - 1),)
+            return (self.tokenizer.encode(images[rows].to(self.device, torch.float32) * 2 - 1),)
 
         with torch.autocast(self.device.type, enabled=False):
             return in_row_chunks(some, len(images), self._pixels)[0]
