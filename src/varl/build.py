@@ -47,6 +47,7 @@ from varl.data.token_cache import TokenCache, tokenizer_key
 from varl.data.words import prompts as word_prompts
 from varl.data.words import split, word_list
 from varl.errors import ConfigError, DataError
+from varl.models.classifier import Eye
 from varl.models.next_scale import NextScale
 from varl.models.raster import Raster
 from varl.policies.next_scale import NextScalePolicy
@@ -163,8 +164,14 @@ def build_reconstruction(config: ReconstructionConfig, pictures: PicturesOf) -> 
         strict_load(vgg, {name: tensor for name, tensor in weights if not name.startswith("classifier.")}, config.vgg)
         strict_load(heads, read_weights(Path(config.heads)), config.heads)
         return ReconstructionReward(config, pictures, vgg, heads)
-    features = None if config.features is None else cast(Callable[[Tensor], Maps], load_callable(config.features))
-    return ReconstructionReward(config, pictures, features)
+    return ReconstructionReward(config, pictures, None if config.features is None else feature_maps(config.features))
+
+
+def feature_maps(name: str) -> Callable[[Tensor], Maps]:
+    """From pictures in [0, 1] to feature maps: those of a classifier folder or `bundled:NAME`, or what a module:function gives."""
+    if name.startswith("bundled:") or (Path(name) / "config.yaml").is_file():
+        return Eye(model_folder.load_classifier(model_path(name))).eval().requires_grad_(False)
+    return cast(Callable[[Tensor], Maps], load_callable(name))
 
 
 def build_judge(config: RunConfig, pictures: PicturesOf | None) -> RewardJudge:

@@ -523,7 +523,8 @@ class ReconstructionConfig:
     heads: str | None = None
     """File of LPIPS's linear heads for VGG16, version 0.1."""
     features: str | None = None
-    """module:function, or path.py:function, of pictures [B, 3, H, W] in [0, 1]: their feature maps, a list of [B, C, h, w]."""
+    """Folder of a classifier that `varl pretrain` made, or bundled:NAME; or module:function, or path.py:function, from pictures
+    [B, 3, H, W] in [0, 1] to their feature maps, a list of [B, C, h, w]."""
     batch: int = 16
     """Pictures at once through the network. Changes memory, not results."""
     keep: int = 64

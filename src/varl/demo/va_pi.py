@@ -21,7 +21,7 @@ from varl.demo import Say, Tick, available_cores, commit, copy_gallery, threads,
 from varl.eval.fid import compare_sets
 from varl.eval.pictures import teacher_forced_metrics
 from varl.eval.words import draw_sample, token_diversity
-from varl.models.classifier import ConvClassifier
+from varl.models.classifier import Classifier
 from varl.pretrain.run import pretrain
 from varl.recipes import va_pi
 from varl.report import write_report
@@ -143,7 +143,7 @@ def evaluate(folder: Path, *, config: RunConfig, cache: Path, laws: Mapping[str,
 
 
 @torch.no_grad()
-def named(judge: ConvClassifier, images: Tensor, prompts: tuple[Prompt, ...]) -> Tensor:
+def named(judge: Classifier, images: Tensor, prompts: tuple[Prompt, ...]) -> Tensor:
     """Whether the judge sees in each picture what was asked for."""
     said = torch.cat([judge.classify(judge(some)).argmax(1) for some in images.split(512)])
     return said == torch.tensor([prompt.label for prompt in prompts])
