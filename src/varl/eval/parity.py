@@ -628,15 +628,17 @@ def _janus_fit(shapes: Shapes, where: str) -> None:
             heads=shapes[words][1] // 128,  # as released; no weight tells
             codes=shapes[made][0],
             code_width=shapes[read][1],
+            head=shapes[made][1],
             side=24,
         )
         _janus_fill(whole, drawing, where)
 
 
 def _janus_whole(
-    *, vocab: int, hidden: int, inter: int, layers: int, heads: int, codes: int, code_width: int, side: int, theta: float = 10000.0
+    *, vocab: int, hidden: int, inter: int, layers: int, heads: int, codes: int, code_width: int, head: int, side: int, theta: float = 1e4
 ) -> Any:
-    """A `JanusForConditionalGeneration` that draws pictures of side x side tokens; its eyes and its tokenizer are as small as can be."""
+    """A `JanusForConditionalGeneration` that draws pictures of side x side tokens through a head of inner width `head`; its eyes and its
+    tokenizer are as small as can be."""
     package = transformers()
     text = package.LlamaConfig(
         vocab_size=vocab,
@@ -662,7 +664,10 @@ def _janus_whole(
         image_token_embed_dim=hidden,
     )
     config = package.JanusConfig(text_config=text, vision_config=sight, vq_config=tokenizer, tie_word_embeddings=False)
-    return package.JanusForConditionalGeneration(config).eval()
+    whole = package.JanusForConditionalGeneration(config)
+    tokenizer.projection_dim = head
+    whole.model.generation_head = type(whole.model.generation_head)(tokenizer)
+    return whole.eval()
 
 
 def _janus_fill(whole: Any, state: Mapping[str, Tensor], where: str) -> None:
@@ -688,6 +693,7 @@ def _janus_transformer(case: Case) -> dict[str, Tensor]:
         heads=config["heads"],
         codes=config["image_token_size"],
         code_width=config["n_embed"],
+        head=config["image_token_embed"],
         side=math.isqrt(config["n_tokens"]),
         theta=config["theta"],
     )
