@@ -24,8 +24,8 @@ from varl.config import (
 )
 from varl.data.folder import write_folder
 from varl.plan import format_plan, plan
-from varl.plan.cost import contexts_of, matmul_speed, optimizer_bytes
-from varl.plan.families import autoencoder_cost, cost, decoder_cost, encoder_cost, family_of, without_memory
+from varl.plan.cost import matmul_speed, optimizer_bytes
+from varl.plan.families import autoencoder_cost, cost, decoder_cost, family_of, without_memory
 from varl.plan.words import in_bytes, in_time
 from varl.train.optim import build_optimizer
 from varl.types import Prompt, Region

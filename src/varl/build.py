@@ -48,6 +48,7 @@ from varl.data.words import prompts as word_prompts
 from varl.data.words import split, word_list
 from varl.errors import ConfigError, DataError
 from varl.models.classifier import Eye
+from varl.models.janus import Janus
 from varl.models.next_scale import NextScale
 from varl.models.raster import Raster
 from varl.policies.next_scale import NextScalePolicy
@@ -93,6 +94,8 @@ def new_policy(
     match pair:
         case (NextScale() as model, MultiScaleVQ() as tokenizer):
             return NextScalePolicy(model.to(device), tokenizer.to(device), sample_law=sample_law, score_law=score_law, dtype=dtype)
+        case (Janus() as model, VQ() as tokenizer):
+            return RasterPolicy(model.to(device), tokenizer.to(device), sample_law=sample_law, score_law=score_law, dtype=dtype)
         case (Raster() as model, VQ() as tokenizer):
             captions = None if model.config.captions is None else caption_encoder(model.config.captions, device or torch.device("cpu"))
             return RasterPolicy(

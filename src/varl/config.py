@@ -1,7 +1,7 @@
 """Every knob of a run: frozen dataclasses, no torch. Composed, never inherited; each field has one home, and says its unit and source."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from varl.errors import ConfigError
 
@@ -155,6 +155,33 @@ class RasterConfig:
     def hidden(self) -> int:
         """Width of the SwiGLU, resolved."""
         return self.mlp_width or -(-(8 * self.width // 3) // 256) * 256
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        stride = self.tokenizer.stride
+        return self.grid[0] * stride, self.grid[1] * stride
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JanusConfig:
+    """What a policy must know of a Janus-Pro (arXiv 2501.17811). Its folder is `transformers`' own, whose config.json says this and more."""
+
+    num_classes: ClassVar[None] = None
+    """It reads captions."""
+    depth: int
+    kv_heads: int
+    head_width: int
+    positions: int
+    """Tokens of a caption and its picture, at most."""
+    grid: tuple[int, int]
+    """(h, w) in tokens."""
+    bos: int
+    boi: int
+    """The token that a picture follows (<begin_of_image>)."""
+    pad: int
+    """What stands in place of the caption's tokens where there is none."""
+    tokenizer: VQConfig
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -632,7 +659,8 @@ class RunConfig:
 
     name: str = "run"
     model: str
-    """A model folder (config.yaml, model.safetensors, tokenizer.safetensors), or `bundled:NAME`."""
+    """A model folder (config.yaml, model.safetensors, tokenizer.safetensors), `bundled:NAME`, or a Janus-Pro as `transformers` keeps it: a
+    folder, or a name on the Hugging Face hub, looked for in the local cache."""
     data: DataConfig = WordsConfig()
     rewards: dict[str, WeightedReward] = field(default_factory=lambda: {"ocr": WeightedReward()})
     algorithm: AlgorithmConfig = GRPOConfig()

@@ -1,7 +1,6 @@
 """A few minutes of the user's own model and reward, before training: where the gradient's signal is, how much of the reward each step
 settles, what that costs, and which settings follow."""
 
-import hashlib
 import json
 import math
 import statistics
@@ -21,6 +20,7 @@ from varl.algorithms.panw import panw_weights
 from varl.algorithms.var_rl import FURTHER
 from varl.algorithms.vmr import best_continuations, middle_step, variance_parts
 from varl.build import build_judge, build_policy, build_prompts, model_path, needs_reference
+from varl.checkpoints import hugging_face
 from varl.config import RunConfig, VARRLConfig
 from varl.data.sampler import PromptSampler
 from varl.errors import ConfigError, NumericsError
@@ -509,8 +509,8 @@ def measure(found: Probe, seconds: float, tick: Tick = lambda metrics: None) -> 
 
 
 def model_identity(folder: Path) -> str:
-    """sha256 of the model folder's manifest, which holds the hashes of its files."""
-    return hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    """What tells the model folder from others: for one of ours, the sha256 of its manifest, which holds the hashes of its files."""
+    return hugging_face.identity(folder)
 
 
 def contradictions(config: RunConfig, probe: Mapping[str, Any]) -> list[str]:

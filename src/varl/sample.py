@@ -38,7 +38,7 @@ COPIES = 2
 def find_model(name: str) -> Path:
     """The model folder at `name`: that folder, `bundled:NAME`, or what a run directory trained."""
     inside = Path(name) / "model"
-    return inside if (inside / "config.yaml").is_file() else model_path(name)
+    return inside if model_folder.is_model_folder(inside) else model_path(name)
 
 
 def find_drawer(name: str) -> Path | None:

@@ -95,17 +95,26 @@ def _nearest(name: str, others: list[str]) -> str:
 
 
 def write_folder(path: Path, parts: Mapping[str, bytes | Mapping[str, Tensor]]) -> Path:
-    """`path` as a folder of these files and a manifest of their hashes. Tensors are written as safetensors. Until the last moment all of it
-    lies in `path`.tmp-PID; if the disk fails, that is removed and what stood at `path` before still stands. What dead processes left of the
-    same folder is cleared away first."""
+    """`path` as a folder of these files and a manifest of their hashes. Tensors are written as safetensors."""
+
+    def fill(folder: Path) -> dict[str, str]:
+        return {
+            name: write_bytes(folder / name, part) if isinstance(part, bytes) else write_tensors(folder / name, part)
+            for name, part in parts.items()
+        }
+
+    return fill_folder(path, fill, sum(len(part) if isinstance(part, bytes) else bytes_of(part) for part in parts.values()))
+
+
+def fill_folder(path: Path, fill: Callable[[Path], Mapping[str, str]], needed: int) -> Path:
+    """`path` as a folder that `fill` wrote, about `needed` bytes, and a manifest; `fill` returns the sha256 of each file, by name. Until
+    the last moment all of it lies in `path`.tmp-PID; if the disk fails, that is removed and what stood at `path` before still stands. What
+    dead processes left of the same folder is cleared away first."""
     beside, aside = (path.with_name(f"{path.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
     try:
         remove_leftovers(path.parent, path.name)
         beside.mkdir(parents=True)
-        manifest = {}
-        for name, part in parts.items():
-            digest = write_bytes(beside / name, part) if isinstance(part, bytes) else write_tensors(beside / name, part)
-            manifest[name] = {"sha256": digest, "bytes": (beside / name).stat().st_size}
+        manifest = {name: {"sha256": digest, "bytes": (beside / name).stat().st_size} for name, digest in fill(beside).items()}
         write_bytes(beside / MANIFEST, json.dumps(manifest, indent=2).encode())
         _sync(beside)
         if path.exists():
@@ -114,9 +123,13 @@ def write_folder(path: Path, parts: Mapping[str, bytes | Mapping[str, Tensor]]) 
         _sync(path.parent)
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
-        raise CheckpointError(_full(path, parts, error)) from error
+        raise CheckpointError(_full(path, needed, error)) from error
     shutil.rmtree(aside, ignore_errors=True)
     return path
+
+
+def bytes_of(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
 
 
 def refuse_strange(path: Path) -> None:
@@ -212,16 +225,21 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(data, "sha256").hexdigest()
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def seal(file: Path) -> str:
+    """sha256 of a file that another wrote, and that is now flushed to the disk."""
+    _sync(file)
+    return file_sha256(file)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def _full(path: Path, parts: Mapping[str, bytes | Mapping[str, Tensor]], error: OSError) -> str:
-    needed = sum(len(p) if isinstance(p, bytes) else sum(t.numel() * t.dtype.itemsize for t in p.values()) for p in parts.values())
+def _full(path: Path, needed: int, error: OSError) -> str:
     standing = next(folder for folder in path.absolute().parents if folder.exists())
     free = shutil.disk_usage(standing).free
     return (

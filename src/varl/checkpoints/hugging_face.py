@@ -39,8 +39,13 @@ def find(name: str, setting: str) -> Path:
     return path
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether it could be one: OWNER/NAME."""
+    return _HUB_NAME.fullmatch(name) is not None
+
+
 def _snapshot(name: str, setting: str) -> Path:
-    if not _HUB_NAME.fullmatch(name):
+    if not is_hub_name(name):
         raise ConfigError(f"{setting}={name!r}: there is no such folder. Give one, or a hub name such as google/flan-t5-xl.")
     require_transformers()
     hub = importlib.import_module("huggingface_hub")
@@ -53,10 +58,8 @@ def _snapshot(name: str, setting: str) -> Path:
 
 
 def _fetch(name: str) -> str:
-    told = (
-        f"Run `hf download {name} --exclude '*.h5' '*.msgpack'` where there is a network" if _HUB_NAME.fullmatch(name) else "Copy it whole"
-    )
-    return f"{told}, or give the path of a folder."
+    download = f"Run `hf download {name} --exclude '*.h5' '*.msgpack'` where there is a network"
+    return f"{download if is_hub_name(name) else 'Copy it whole'}, or give the path of a folder."
 
 
 def identity(folder: Path) -> str:

@@ -7,33 +7,42 @@ from typing import Any
 
 from torch import nn
 
+from varl.checkpoints import hugging_face, janus
 from varl.checkpoints.folder import load_config, load_tensors, save_model, strict_load
 from varl.config import ModelConfig, NextScaleConfig, RasterConfig
 from varl.errors import ConfigError
 from varl.models.classifier import Classifier
+from varl.models.janus import Janus
 from varl.models.next_scale import NextScale
 from varl.models.raster import Raster
 from varl.settings import classifier_from_yaml, model_from_yaml, model_to_yaml
 from varl.tokenizers.multiscale_vq import MultiScaleVQ
 from varl.tokenizers.vq import VQ
 
-Pair = tuple[NextScale, MultiScaleVQ] | tuple[Raster, VQ]
+Pair = tuple[NextScale, MultiScaleVQ] | tuple[Raster, VQ] | tuple[Janus, VQ]
 """A model and the tokenizer that it was trained with."""
 
 
 def model_path(name: str) -> Path:
-    """Where a model folder lies: a path, or `bundled:NAME` for one that comes with VARL."""
+    """Where a model folder lies: a path, `bundled:NAME` for one that comes with VARL, or a name on the Hugging Face hub."""
     kind, _, bundled = name.partition(":")
     path = Path(str(files("varl") / "bundled" / bundled)) if kind == "bundled" else Path(name)
-    if not (path / "config.yaml").is_file():
+    if not path.exists() and hugging_face.is_hub_name(name):
+        path = hugging_face.find(name, "model")
+    if not is_model_folder(path):
         raise ConfigError(
-            f"model={name!r}: no config.yaml in {path}. Give a model folder (made by `varl pretrain` or `varl convert`), or bundled:words."
+            f"model={name!r}: no config.yaml in {path}. Give a model folder (made by `varl pretrain` or `varl convert`), bundled:words, or "
+            "a Janus-Pro from Hugging Face."
         )
     return path
 
 
-def save(path: Path | str, model: NextScale | Raster, tokenizer: nn.Module, notes: Mapping[str, Any]) -> Path:
-    """config.yaml, model.safetensors, tokenizer.safetensors, manifest.json; written whole or not at all."""
+def save(path: Path | str, model: NextScale | Raster | Janus, tokenizer: nn.Module, notes: Mapping[str, Any]) -> Path:
+    """config.yaml, model.safetensors, tokenizer.safetensors, notes.json, manifest.json; a Janus as `transformers` does, with the last two.
+    Written whole or not at all."""
+    if isinstance(model, Janus):
+        assert isinstance(tokenizer, VQ)
+        return janus.save(Path(path), model, tokenizer, notes)
     return save_model(path, model_to_yaml(model.config), {"model": model.state_dict(), "tokenizer": tokenizer.state_dict()}, notes)
 
 
@@ -44,6 +53,8 @@ def save_classifier(path: Path | str, classifier: Classifier, notes: Mapping[str
 
 def load(path: Path | str) -> Pair:
     """Strict: every key accounted for, every hash checked, the config checked before any weight is read."""
+    if janus.is_janus(Path(path)):
+        return janus.load(Path(path))
     pair = unfilled(model_from_yaml(load_config(path)))
     for module, name in zip(pair, ("model", "tokenizer"), strict=True):
         strict_load(module, load_tensors(path, name), f"{path}/{name}.safetensors")
@@ -55,6 +66,11 @@ def load_classifier(path: Path | str) -> Classifier:
     classifier = Classifier(classifier_from_yaml(load_config(path)))
     strict_load(classifier, load_tensors(path, "model"), f"{path}/model.safetensors")
     return classifier.eval().requires_grad_(False)
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether `load` would take it for one."""
+    return (path / "config.yaml").is_file() or janus.is_janus(path)
 
 
 def unfilled(config: ModelConfig) -> Pair:

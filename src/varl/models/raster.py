@@ -203,6 +203,22 @@ class Raster(nn.Module):
 
     # -- what is asked -----------------------------------------------------------------------------------------------------------------
 
+    @property
+    def longest(self) -> int:
+        """Of captions, in tokens."""
+        return self.prefix
+
+    @property
+    def empty(self) -> int:
+        """Tokens of a caption that says nothing."""
+        return self.prefix
+
+    def none(self, length: int) -> Float[Tensor, "N C"]:
+        """What stands for no caption in the place of one of `length` tokens, as released: the last of the vectors that were trained for
+        it."""
+        assert isinstance(self.cls_embedding, CaptionEmbedding)
+        return self.cls_embedding.uncond_embedding[self.prefix - length :]
+
     def condition(self, given: Int[Tensor, " B"] | Float[Tensor, "B N C"], there: Bool[Tensor, "B N"] | None = None) -> Condition:
         """`given` are classes [B] (num_classes is "none"), or captions' features [B, N, C], padded on the left where `there` is False."""
         return Condition(tokens=self.cls_embedding(given), there=there)

@@ -1,4 +1,4 @@
-"""A raster model behind `BranchingPolicy` and `TeacherForcedPolicy`: act token by token, stop at any, replay in one pass, or draw all
+"""A raster model, LlamaGen's or Janus-Pro's, behind `BranchingPolicy` and `TeacherForcedPolicy`: act token by token, stop at any, replay in one pass, or draw all
 tokens of a picture at once, each given a real picture's tokens before it."""
 
 import copy
@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from varl.config import LawConfig
 from varl.errors import ConfigError, DataError
+from varl.models.janus import Janus
 from varl.models.layers import KVCache
-from varl.models.raster import CaptionEmbedding, Condition, Raster
+from varl.models.raster import Condition, Raster
 from varl.policies.acting import (
     Drawn,
     Logits,
@@ -34,7 +35,7 @@ from varl.tokenizers.vq import VQ
 from varl.types import Layout, Prompt, Rollout, Score
 
 CaptionEncoder = Callable[[Sequence[str]], Sequence[Tensor]]
-"""From captions to the features [n, C] of each one's n tokens, without padding."""
+"""From captions to what the model reads for each one's n tokens, without padding: features [n, C], of a Janus ids [n]."""
 KeptTokens = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
 """From pictures [B, 3, H, W] in [0, 1], and what encodes those that are new, to ids [B, L]."""
 
@@ -49,13 +50,14 @@ def corrupt(ids: Int[Tensor, "B L"], uniform: Float[Tensor, "B L 2"], share: flo
     return torch.where(changed, other, ids)
 
 
-def pad_left(features: Sequence[Tensor]) -> tuple[Float[Tensor, "B N C"], Bool[Tensor, "B N"] | None]:
-    """Captions' features of different lengths, ending together, and where they are; None where all are equally long."""
-    longest = max(len(f) for f in features)
-    padded = torch.stack([F.pad(f, (0, 0, longest - len(f), 0)) for f in features])
-    if all(len(f) == longest for f in features):
+def pad_left(parts: Sequence[Tensor]) -> tuple[Shaped[Tensor, "B N *C"], Bool[Tensor, "B N"] | None]:
+    """Captions of different lengths, as features [n, C] or ids [n], ending together, and where they are; None where all are equally
+    long."""
+    longest = max(len(part) for part in parts)
+    padded = torch.stack([F.pad(part, (0, 0) * (part.ndim - 1) + (longest - len(part), 0)) for part in parts])
+    if all(len(part) == longest for part in parts):
         return padded, None
-    lengths = torch.tensor([[len(f)] for f in features], device=padded.device)
+    lengths = torch.tensor([[len(part)] for part in parts], device=padded.device)
     return padded, torch.arange(longest, device=padded.device) >= longest - lengths
 
 
@@ -67,27 +69,28 @@ def first_of_each(prompts: Sequence[Prompt], read: Int[Tensor, "B l"]) -> tuple[
     return [of.index(place) for place in range(len(places))], of
 
 
-def caption_features(
-    prompts: Sequence[Prompt], nothing: Float[Tensor, "N C"], captions: CaptionEncoder
+def read_captions(
+    prompts: Sequence[Prompt], model: Raster | Janus, captions: CaptionEncoder
 ) -> tuple[dict[str | int, Tensor], list[str | int], list[str | int]]:
-    """Features by key; the key of each prompt; and of its "none": the last n vectors of `nothing` for a caption of n tokens, as released,
-    all of them for the empty prompt."""
+    """What the model reads by key; the key of each prompt; and of its "none", which is as long as its caption. The empty prompt is the
+    "none" of a caption that says nothing."""
     require_text(prompts)
     texts = list(dict.fromkeys(prompt.text for prompt in prompts if prompt.text))
-    features: dict[str | int, Tensor] = {}
+    read: dict[str | int, Tensor] = {}
     for text, found in zip(texts, captions(texts) if texts else (), strict=True):
-        if not 1 <= len(found) <= len(nothing):
-            raise DataError(f"prompt {text!r} has {len(found)} tokens, the model takes 1 to {len(nothing)}. Shorten it.")
-        if found.shape[1] != nothing.shape[1]:
+        if not 1 <= len(found) <= model.longest:
+            raise DataError(f"prompt {text!r} has {len(found)} tokens, the model takes 1 to {model.longest}. Shorten it.")
+        alike = model.none(len(found))
+        if found.shape[1:] != alike.shape[1:]:
             raise ConfigError(
-                f"captions have features of width {found.shape[1]}, the model was trained on {nothing.shape[1]}. "
+                f"captions have features of width {found.shape[1]}, the model was trained on {alike.shape[1]}. "
                 "Give the text encoder that it was trained with."
             )
-        features[text] = found.to(nothing)
-    keys: list[str | int] = [prompt.text or len(nothing) for prompt in prompts]
-    none: list[str | int] = [len(features[prompt.text]) if prompt.text else len(nothing) for prompt in prompts]
+        read[text] = found.to(alike)
+    keys: list[str | int] = [prompt.text or model.empty for prompt in prompts]
+    none: list[str | int] = [len(read[prompt.text]) if prompt.text else model.empty for prompt in prompts]
     lengths = {key for key in [*keys, *none] if isinstance(key, int)}
-    return features | {length: nothing[len(nothing) - length :] for length in lengths}, keys, none
+    return read | {length: model.none(length) for length in lengths}, keys, none
 
 
 @dataclass(slots=True)
@@ -101,7 +104,7 @@ class Branch:
 class RasterPolicy:
     def __init__(
         self,
-        model: Raster,
+        model: Raster | Janus,
         tokenizer: VQ,
         *,
         captions: CaptionEncoder | None = None,
@@ -111,15 +114,15 @@ class RasterPolicy:
     ) -> None:
         self.module = model.eval()
         self.tokenizer = tokenizer.eval().requires_grad_(False)
-        self.captions = captions
+        self.captions = model.read if captions is None and isinstance(model, Janus) else captions
         self.sample_law, self.score_law, self.dtype = sample_law, score_law, dtype
         self.layout = Layout(grids=(model.config.grid,), steps=model.tokens)
-        self.reference: Raster | None = None
+        self.reference: Raster | Janus | None = None
         """A frozen model of the same shape; set it to have `Score.kl` and `Score.ref_logp`."""
         self.tokens: KeptTokens | None = None
         """Where pictures' tokens are kept; set it to encode each picture once."""
         self._check_laws()
-        if model.config.captions is not None and captions is None:
+        if model.config.num_classes is None and self.captions is None:
             raise ConfigError("this model reads captions and the policy has no encoder for them. Give `captions`, from texts to features.")
 
     @property
@@ -139,23 +142,23 @@ class RasterPolicy:
 
     @property
     def device(self) -> torch.device:
-        return self.module.turns.device
+        return next(self.module.parameters()).device
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     # -- prompts -----------------------------------------------------------------------------------------------------------------------
 
-    def _condition(self, model: Raster, prompts: Sequence[Prompt], guided: bool) -> tuple[Condition, Int[Tensor, " b"]]:
+    def _condition(self, model: Raster | Janus, prompts: Sequence[Prompt], guided: bool) -> tuple[Condition, Int[Tensor, " b"]]:
         """What differs among the prompts, once each, and its row for each prompt; then for each prompt's "none", if guided."""
         places: dict[str | int, int] = {}
-        if isinstance(model.cls_embedding, CaptionEmbedding):
+        if model.config.num_classes is None:
             assert self.captions is not None
-            features, keys, none = caption_features(prompts, model.cls_embedding.uncond_embedding, self.captions)
+            read, keys, none = read_captions(prompts, model, self.captions)
             rows = [places.setdefault(key, len(places)) for key in (keys + none if guided else keys)]
-            condition = model.condition(*pad_left([features[key] for key in places]))
+            condition = model.condition(*pad_left([read[key] for key in places]))
         else:
-            keys = class_ids(prompts, classes := model.cls_embedding.embedding_table.num_embeddings - 1).tolist()
+            keys = class_ids(prompts, classes := model.config.num_classes).tolist()
             rows = [places.setdefault(key, len(places)) for key in (keys + [classes] * len(keys) if guided else keys)]
             condition = model.condition(torch.tensor(list(places), device=self.device))
         return condition, torch.tensor(rows, device=self.device)
@@ -289,7 +292,7 @@ class RasterPolicy:
             ref_logits_of = self._logits_of(self.reference, prompts, inputs, guided) if self.reference is not None else None
         return score_tokens(rollout.actions, of, logits_of, ref_logits_of, self.score_law, rollout.step[0], self.vocab)
 
-    def _logits_of(self, model: Raster, prompts: Sequence[Prompt], inputs: Int[Tensor, "B l"], guided: bool) -> Logits:
+    def _logits_of(self, model: Raster | Janus, prompts: Sequence[Prompt], inputs: Int[Tensor, "B l"], guided: bool) -> Logits:
         """Hidden states now; conditional and unconditional logits of any slice of rows later."""
         batch = len(prompts)
         with self._precision():

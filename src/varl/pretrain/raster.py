@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from varl.errors import ConfigError
 from varl.models.raster import CaptionEmbedding, Raster
 from varl.policies.acting import class_ids
-from varl.policies.raster import CaptionEncoder, caption_features, pad_left
+from varl.policies.raster import CaptionEncoder, pad_left, read_captions
 from varl.pretrain.codebook import drawn_from
 from varl.pretrain.family import Fit, fit_of
 from varl.tokenizers.vq import VQ
@@ -59,7 +59,7 @@ class RasterFamily:
             return class_ids(prompts, self.model.config.num_classes)
         assert self.captions is not None
         nothing = embedding.uncond_embedding
-        features, keys, _ = caption_features(prompts, nothing, self.captions)
+        features, keys, _ = read_captions(prompts, self.model, self.captions)
         self.features = self.features or [nothing]
         places: dict[str | int, int] = {len(nothing): 0}
         for key in dict.fromkeys(keys):
