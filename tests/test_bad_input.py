@@ -5,11 +5,12 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
-from tiny import snapshot, status, write_config
+from tiny import TINY_RASTER, save_tiny, snapshot, status, write_config
 from varl.cli import run_folder
 from varl.data.folder import write_folder
 from varl.types import Prompt
@@ -240,7 +241,7 @@ def test_a_model_that_was_changed(refused, here):
 
 
 def test_a_model_that_is_not_there(refused):
-    for command in (["sample", "nowhere", "--prompt", "CAT", "--out", "x.png"], ["eval", "nowhere"]):
+    for command in (["sample", "nowhere", "--prompt", "CAT", "--out", "x.png"], ["eval", "words", "nowhere"]):
         assert "model='nowhere': no config.yaml in nowhere. Give a model folder" in refused(*command)
 
 
@@ -273,7 +274,7 @@ def test_an_out_that_is_no_place_for_a_run(refused, here):
 def test_an_out_that_is_no_place_for_a_file(refused, here):
     """Said before the model is loaded, which is broken here."""
     (here / "base/model.safetensors").write_bytes(b"")
-    for command in (["sample", "base", "--prompt", "CAT"], ["eval", "base"]):
+    for command in (["sample", "base", "--prompt", "CAT"], ["eval", "words", "base"]):
         assert "--out out: is a folder. Give the name of a file, for example out/out." in refused(*command, "--out", "out")
         assert "--out /proc/x: /proc cannot be written" in refused(*command, "--out", "/proc/x")
         assert f"--out run.yaml/x: {here}/run.yaml is a file" in refused(*command, "--out", "run.yaml/x")
@@ -310,21 +311,96 @@ def test_nothing_to_draw(refused):
 
 
 def test_evaluation(refused):
-    assert "--judges 'tesserac': unknown tesserac. Use tesseract, rapidocr or auto." in refused("eval", "base", "--judges", "tesserac")
-    assert "--judges 'auto,': a name is missing beside a comma. Use" in refused("eval", "base", "--judges", "auto,")
-    assert "--temperatures 'hot': must be numbers" in refused("eval", "base", "--temperatures", "hot")
-    assert "--temperatures '1,0': each must be above 0 and finite" in refused("eval", "base", "--temperatures", "1,0")
+    assert "--judges 'tesserac': unknown tesserac. Use tesseract, rapidocr or auto." in refused(
+        "eval", "words", "base", "--judges", "tesserac"
+    )
+    assert "--judges 'auto,': a name is missing beside a comma. Use" in refused("eval", "words", "base", "--judges", "auto,")
+    assert "--temperatures 'hot': must be numbers" in refused("eval", "words", "base", "--temperatures", "hot")
+    assert "--temperatures '1,0': each must be above 0 and finite" in refused("eval", "words", "base", "--temperatures", "1,0")
 
 
 def test_evaluation_of_a_run_without_held_out_prompts(refused, here):
     data_folder(here)
     config = yaml.safe_load((here / "out/config.yaml").read_text())
     (here / "out/config.yaml").write_text(yaml.safe_dump(config | {"data": {"kind": "folder", "path": "mine"}}))
-    said = refused("eval", "out")
-    assert (
-        "out: has no held-out prompts, because data.heldout was not set. Evaluate its model on drawn words instead, with `varl eval out/"
-        in said
-    )
+    said = refused("eval", "words", "out")
+    assert "out: has no held-out prompts, because data.heldout was not set. Evaluate its model on drawn words instead, with " in said
+    assert "`varl eval words out/model`, or look at it with `varl sample`." in said
+
+
+def test_evaluation_of_a_run_whose_prompts_hold_no_words(refused, here):
+    write_folder(here / "labels", None, [Prompt(label=3)])
+    config = yaml.safe_load((here / "out/config.yaml").read_text())
+    (here / "out/config.yaml").write_text(yaml.safe_dump(config | {"data": {"kind": "folder", "path": "labels", "heldout": "labels"}}))
+    assert "out: its held-out prompts hold no words to be read. Hold its pictures against real ones" in refused("eval", "words", "out")
+
+
+# ---- a model of classes -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def raster(here):
+    """And pictures to hold it against, with a network to judge by."""
+    save_tiny(here / "raster", TINY_RASTER)
+    np.savez(here / "real.npz", arr_0=np.zeros((48, 12, 12, 3), np.uint8))
+    (here / "judge.py").write_text("def means(images):\n    return images.mean((2, 3))\n")
+    return here / "raster"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--label", "5"], "prompt label 5: the model knows classes 0 to 4. Give one of them."),
+        (["--prompt", "CAT"], "prompt 'CAT': this model draws classes and reads no text. Give --label, 0 to 4."),
+        (["--prompts", "mine"], "prompt 'CAT': this model draws classes and reads no text. Give --label, 0 to 4."),
+        (["--label", "1", "--cfg", "1,2"], "cfg_scale has 2 values, the model 9 tokens. Give one, or one per token."),
+        (["--label", "1", "--top-k", "17"], "top_k=17 is more than the vocabulary of 16. Set 0 to keep all tokens."),
+        (["--prompt", "CAT", "--style", "mono"], "style mono: this model knows no attributes. Leave --style out."),
+    ],
+)
+def test_sampling_from_classes(refused, here, raster, arguments, said):
+    data_folder(here)
+    assert said in refused("sample", "raster", "--out", "x.png", *arguments)
+
+
+def test_words_of_a_model_that_reads_none(refused, raster):
+    said = refused("eval", "words", "raster")
+    assert "this model reads no characters, so there are no words to evaluate it on. Use one that does, or `varl eval fid`." in said
+
+
+JUDGE = ["--features", "judge.py:means", "--quiet"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere", "real.npz"], "nowhere: is neither a model folder nor a run directory, nor a folder or an npz file of pictures."),
+        (["gone.npz", "real.npz"], "gone.npz: there is no such file."),
+        (["raster", "gone.npz"], "gone.npz: there is no such file."),
+        (["raster", "gone"], "pictures 'gone': there is no such file or folder."),
+        (["raster", "real.npz", "--samples", "39"], "raster: 39 pictures, but 20 groups for intervals need at least 40. Draw more."),
+        (["raster", "real.npz", "--size", "24"], "raster: is 24x24 (height x width), the reference 12x12;"),
+        (
+            ["base", "real.npz", "--prompts", "mine", "--size", "12"],
+            "--size 12: this model's pictures are 16x32 (height x width), no squares.",
+        ),
+        (["base", "real.npz"], "this model reads text and knows no classes that could be drawn at random. Give --prompts, a folder with"),
+        (["real.npz", "real.npz", "--top-k", "0", "--cfg", "2"], "--cfg, --top-k: say how a model draws, and real.npz is no model but"),
+        (["raster", "real.npz", "--cfg", "1,2"], "cfg_scale has 2 values, the model 9 tokens."),
+        (["raster", "real.npz", "--inception", "x.pth"], "--features judge.py:means, --inception x.pth: are two networks to judge by."),
+        (["raster", "real.npz", "--features", "judge.py:none"], "judge.py has no callable 'none'. It has: means."),
+        (["raster", "real.npz", "--out", "base"], "--out base: is a folder. Give the name of a file"),
+    ],
+)
+def test_comparison_with_real_pictures(refused, here, raster, arguments, said):
+    data_folder(here)
+    assert said in refused("eval", "fid", *JUDGE, *arguments)
+
+
+def test_inception_weights_that_are_not_there(refused, raster, here, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(here))
+    assert "Download https://" in refused("eval", "fid", "raster", "real.npz")
+    assert "Inception weights: there is no file x.pth." in refused("eval", "fid", "raster", "real.npz", "--inception", "x.pth")
 
 
 def test_reports(refused):

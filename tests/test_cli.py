@@ -3,17 +3,20 @@ import subprocess
 import sys
 from io import StringIO
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
 from rich.console import Console
 
-from tiny import save_tiny, status, write_config
+from tiny import TINY_RASTER, save_tiny, status, write_config
 from varl.cli import Bar, command_line, load, measured_line, recipes_help, training_line, warn_against_probes
 from varl.config import GRPOConfig, PretrainConfig, RunConfig
 from varl.errors import ConfigError
+from varl.eval.fid import compare_sets
 from varl.probe import model_identity
 from varl.recipes import describe, recipe
+from varl.rewards.toy import load_callable
 from varl.settings import to_yaml
 
 COMMANDS = ["train", "pretrain", "sample", "eval", "report", "compare", "plan", "probe", "doctor", "parity", "demo", "convert"]
@@ -48,9 +51,9 @@ def test_help_comes_without_torch():
     assert all(command in done.stdout for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "eval words", "eval fid"])
 def test_every_command_has_help(command, capfd):
-    assert status(command, "--help") == 0
+    assert status(*command.split(), "--help") == 0
     assert "Usage" in capfd.readouterr().out
 
 
@@ -217,11 +220,99 @@ def test_evaluation_of_a_run_and_of_a_model(made, tmp_path, capfd):
         ("out", made[0] / "out/eval.json", ()),
         ("base", tmp_path / "new/x.json", ("--out", tmp_path / "new/x.json")),
     ):
-        assert status("eval", made[0] / target, "--samples", 4, "--temperatures", "1.0,0.5", *out) == 0
+        assert status("eval", "words", made[0] / target, "--samples", 4, "--temperatures", "1.0,0.5", *out) == 0
         found = json.loads(file.read_text())
         assert [row["temperature"] for row in found["rows"]] == [1.0, 0.5]
         assert all(0 <= row["word_accuracy"] <= 1 and row["failed"] == 0 for row in found["rows"])
         assert "word accuracy" in capfd.readouterr().out
+
+
+# ---- a model of classes -----------------------------------------------------------------------------------------------------------------
+
+JUDGE = """
+import torch
+
+class Judge(torch.nn.Module):
+    def forward(self, images):
+        return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
+
+    def classify(self, features):
+        return (10 * features).log_softmax(-1)
+
+judge = Judge()
+"""
+
+
+@pytest.fixture(scope="module")
+def raster(tmp_path_factory):
+    """A model of classes in `model`, pictures in `real.npz`, a network to judge by in `judge.py`."""
+    folder = tmp_path_factory.mktemp("raster")
+    save_tiny(folder / "model", TINY_RASTER)
+    noise = np.random.default_rng(0)
+    np.savez(folder / "real.npz", arr_0=noise.integers(0, 256, (48, 12, 12, 3), dtype=np.uint8))
+    (folder / "judge.py").write_text(JUDGE)
+    return folder
+
+
+def test_classes_are_drawn(raster, tmp_path):
+    """By label, or as a folder asks for; guidance is one number, or one for each token."""
+    (tmp_path / "prompts.jsonl").write_text('{"label": 4}\n{"label": 0}\n')
+    asked = ["--label", 4, "--label", 0], ["--prompts", tmp_path], ["--label", 4, "--label", 0, "--cfg", "1,1,1,1,1,1,1,1,4"]
+    for name, arguments in zip("abc", asked, strict=True):
+        law = ["--temperature", 0.9, "--top-k", 12, "--top-p", 0.9, "--seed", 5, "-n", 8]
+        assert status("sample", raster / "model", *arguments, *law, "--out", tmp_path / f"{name}.png") == 0
+    with Image.open(tmp_path / "a.png") as one, Image.open(tmp_path / "b.png") as two, Image.open(tmp_path / "c.png") as three:
+        assert one == two
+        assert one != three
+
+
+def compared(folder, *arguments):
+    """The row of `varl eval fid`, and its whole JSON."""
+    out = folder / "out/fid.json"
+    judge = ["--features", f"{folder}/judge.py:judge", "--seed", 3, "--out", out, "--quiet"]
+    assert status("eval", "fid", *arguments, *judge) == 0
+    found = json.loads(out.read_text())
+    return found["rows"][0], found
+
+
+def test_pictures_of_a_model_against_real_ones(raster, capfd):
+    """The numbers are those of the pictures that were kept, and those of the pictures alone."""
+    drawn, told = compared(raster, raster / "model", raster / "real.npz", "--samples", 44, "--cfg", 2, "--batch", 16)
+    said = capfd.readouterr().out
+    assert all(name in said for name in ("fd ", "is ", "precision", "recall", "kid", "pictures", f"{raster}/out/fid.json"))
+    file = raster / "out/fid-pictures/pictures.npz"
+    assert told["pictures"] == str(file)
+    assert (told["cfg_scale"], told["size"], told["dtype"], told["seed"]) == ([2.0], [12, 12], "float32", 3)
+    judge = load_callable(f"{raster}/judge.py:judge").eval()  # type: ignore[attr-defined]
+    want = compare_sets(file, raster / "real.npz", judge, 3)  # type: ignore[arg-type]
+    assert drawn == want
+    assert drawn["pictures"] == 44
+    kept = file.read_bytes()
+    again, _ = compared(raster, raster / "model", raster / "real.npz", "--samples", 44, "--cfg", 2, "--batch", 5)
+    assert again == drawn
+    assert file.read_bytes() == kept
+    alone, told = compared(raster, file, raster / "real.npz")
+    assert alone == drawn
+    assert "cfg_scale" not in told
+    capfd.readouterr()
+    command = ["eval", "fid", raster / "model", raster / "real.npz", "--samples", 44, "--features", f"{raster}/judge.py:judge", "--seed", 3]
+    assert status(*command, "--out", raster / "out/fid.json", "--quiet") == 2
+    assert "holds pictures that were drawn otherwise: cfg_scale was [2.0], is [1.0]." in capfd.readouterr().err
+
+
+def test_pictures_of_a_run_against_real_ones(made, tmp_path, capfd):
+    """A model that reads is asked for the prompts of a folder; pictures are brought to the size asked for, features kept."""
+    (tmp_path / "prompts.jsonl").write_text('{"text": "CAT"}\n{"text": "DOG"}\n')
+    (tmp_path / "judge.py").write_text(JUDGE)
+    np.savez(tmp_path / "real.npz", arr_0=np.full((40, 16, 32, 3), 128, np.uint8))
+    judge = ["--features", f"{tmp_path}/judge.py:judge", "--cache", tmp_path / "cache"]
+    arguments = [made[0] / "out", tmp_path / "real.npz", "--prompts", tmp_path, "--samples", 40, "--dtype", "bfloat16", *judge]
+    assert status("eval", "fid", *arguments) == 0
+    assert json.loads((made[0] / "out/fid.json").read_text())["rows"][0]["fd"] > 0
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    said = capfd.readouterr()
+    assert said.out.endswith("/out/fid.json\n")
+    assert "features 80/80" in said.err or "80/80" in said.err
 
 
 def test_reports(made, capfd):

@@ -9,7 +9,7 @@ import torch
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.model import fresh
 from varl.cli import main
-from varl.config import NextScaleConfig, TextConfig, TokenizerConfig
+from varl.config import ModelConfig, NextScaleConfig, RasterConfig, TextConfig, TokenizerConfig, VQConfig
 
 TINY = NextScaleConfig(
     depth=1,
@@ -20,12 +20,24 @@ TINY = NextScaleConfig(
     tokenizer=TokenizerConfig(vocab=16, channels=4, width=16, multipliers=(1,), blocks=1, attention=False, patch=8),
 )
 """11 tokens on 3 scales, 16x32 pixels."""
+TINY_RASTER = RasterConfig(
+    depth=1,
+    width=16,
+    heads=2,
+    grid=(3, 3),
+    mlp_width=24,
+    num_classes=5,
+    tokenizer=VQConfig(vocab=16, channels=4, latent=6, width=8, multipliers=(1, 1, 1), blocks=1, attention=False),
+)
+"""9 tokens, 12x12 pixels, 5 classes."""
 
 
-def save_tiny(path: Path, config: NextScaleConfig = TINY) -> Path:
+def save_tiny(path: Path, config: ModelConfig = TINY) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model, tokenizer = fresh(config)
+        if isinstance(config, RasterConfig):  # fresh, it finds all tokens as likely, whatever it is asked for
+            torch.nn.init.normal_(model.get_submodule("output").weight, std=0.3)
     return model_folder.save(path, model, tokenizer, {})
 
 

@@ -142,7 +142,7 @@ def side_of(shapes: Shapes, where: str) -> int:
 def tokenizer_config(shapes: Shapes, where: str) -> VQConfig:
     """The config that LlamaGen tokenizer weights of these shapes were made with."""
     levels = count(shapes, r"encoder\.conv_blocks\.(\d+)\.")
-    outputs = [f"encoder.conv_blocks.{i}.res.0.conv1.weight" for i in range(levels)]
+    outputs = [f"encoder.conv_blocks.{i}.res.0.conv1.weight" for i in range(max(levels, 1))]
     expect(shapes, ("encoder.conv_in.weight", "quantize.embedding.weight", "quant_conv.weight", *outputs), "a LlamaGen tokenizer", where)
     vocab, channels = shapes["quantize.embedding.weight"]
     width = shapes["encoder.conv_in.weight"][0]

@@ -78,7 +78,7 @@ def transformer_config(shapes: Shapes, grids: Sequence[Grid], tokenizer: Tokeniz
 def tokenizer_config(shapes: Shapes, where: str) -> TokenizerConfig:
     """The config that VAR tokenizer weights of these shapes were made with."""
     levels = count(shapes, r"encoder\.down\.(\d+)\.")
-    outputs = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(levels)]
+    outputs = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(max(levels, 1))]
     expect(shapes, ("encoder.conv_in.weight", "quantize.embedding.weight", *outputs), "a VAR tokenizer", where)
     vocab, channels = shapes["quantize.embedding.weight"]
     width = shapes["encoder.conv_in.weight"][0]

@@ -85,7 +85,9 @@ def draw_pictures(
     told = json.dumps({"count": count, "seed": seed, "size": list(size), "prompts": _digest(choices), **settings}, indent=2)
     _refuse_others(folder, json.loads(told))
     file, policy = folder / PICTURES, None
-    if not file.is_file():
+    if file.is_file():
+        tick(count)
+    else:
         with _whole(folder / SETTINGS) as beside:
             write_bytes(beside, told.encode())
         shards = {}

@@ -21,7 +21,7 @@ class Run:
     config_text: str
     command: str
     summary: dict[str, Any]
-    """summary.json, and the rows of `varl eval` as its "evaluation"."""
+    """summary.json, and the rows of `varl eval words` as its "evaluation"."""
     steps: list[int]
     columns: dict[str, list[Cell]]
     """Metric by metric, one cell per entry of `steps`."""

@@ -78,7 +78,7 @@ def absent(run: Run) -> dict[str, str]:
         "gallery": "No pictures from before and after training: `varl demo` makes them.",
         "film": "No pictures from during training: `varl train` writes them at fixed prompts and seeds every train.image_every steps.",
         "metrics": "No metrics yet: `varl train` writes a line to metrics.jsonl at every step.",
-        "tables": f"No evaluation yet: `varl eval {where}` makes one.",
+        "tables": f"No evaluation yet: `varl eval words {where}` makes one.",
         "probe": f"Not probed: `varl probe {where}/config.yaml --out {where}` measures signal and noise, and how much each step settles.",
         "events": "Nothing happened but training: no warning, no restart, no replaced worker.",
         "command": "The command was not recorded: `varl train` writes it to command.txt.",
