@@ -54,3 +54,14 @@ class Classifier(nn.Module):
     def classify(self, features: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]:
         """Log-probabilities of the classes."""
         return self.head(features).log_softmax(-1)
+
+
+class FeatureMaps(nn.Module):
+    """A classifier's `maps`, as a network of their own."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> list[Tensor]:
+        return self.classifier.maps(images)
