@@ -21,14 +21,14 @@ MAY_IMPORT = {
     "tokenizers": "config errors",
     "policies": "types config rng errors models tokenizers",
     "algorithms": "types config rng errors",
-    "rewards": "types config errors",
+    "rewards": "types config errors checkpoints models",
     "data": "types config rng errors",
     "checkpoints": "config errors models tokenizers types settings",
     "distributed": "errors",
     "train": "types config settings rng errors checkpoints distributed",
     "report": "errors",
     "eval": "types config rng errors checkpoints models tokenizers data rewards policies",
-    "pretrain": "config rng errors models tokenizers types data checkpoints train policies eval",
+    "pretrain": "config rng errors models tokenizers types data checkpoints train policies rewards eval",
     "recipes": "config errors",
 }
 JOIN = {"build", "cli", "demo", "doctor", "plan", "probe", "run", "sample"}

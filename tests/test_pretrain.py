@@ -9,14 +9,17 @@ import torch
 from tiny import TINY
 from varl.checkpoints import model as model_folder
 from varl.checkpoints import run_state
+from varl.checkpoints.model import fresh
 from varl.config import FolderConfig, OptimConfig, PretrainConfig, TextConfig, WordsConfig
 from varl.data.folder import write_folder
 from varl.data.words import split, word_list
 from varl.errors import ConfigError, DataError, NumericsError
 from varl.policies.next_scale import model_ids
-from varl.pretrain.next_scale import token_fit
-from varl.pretrain.run import pictures, pretrain, without_prompts
-from varl.pretrain.tokenizer import DECAY, CodeAverages, batch_index
+from varl.pretrain.codebook import DECAY, CodeAverages
+from varl.pretrain.data import batch_index, pictures
+from varl.pretrain.next_scale import NextScaleFamily
+from varl.pretrain.run import pretrain
+from varl.pretrain.transformer import without_prompts
 from varl.rng import generator
 from varl.types import Prompt
 
@@ -29,7 +32,7 @@ TOKENIZER_STEPS, STEPS = 20, 12
 def every_step_is_logged():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("varl.pretrain.run.LOG_EVERY", 1)
-        patch.setattr("varl.pretrain.run.HELDOUT_PICTURES", 16)
+        patch.setattr("varl.pretrain.data.HELDOUT_PICTURES", 16)
         yield
 
 
@@ -103,12 +106,11 @@ def test_both_phases_learn(whole):
 
 
 def test_a_token_is_right_where_no_other_is_more_probable(whole):
-    model, tokenizer = model_folder.load(whole / "model")
-    prompts = model_ids([Prompt(text="ACE")], MODEL)
-    guesses = [torch.full((1, 11), value) for value in range(16)]
-    first = torch.cat([token_fit(model, prompts, tokenizer.inputs(ids), ids)[1][:, :1] for ids in guesses])
-    losses = torch.cat([token_fit(model, prompts, tokenizer.inputs(ids), ids)[0][:, :1] for ids in guesses])
-    assert first.nonzero().tolist() == [[int(losses.argmin()), 0]]
+    family = NextScaleFamily(*model_folder.load(whole / "model"))
+    said = family.read([Prompt(text="ACE")])
+    fits = [family.fit(said, torch.full((1, 11), value)) for value in range(16)]
+    losses, right = (torch.cat([fit[part][:, 0] for fit in fits]) for part in (0, 1))
+    assert right.nonzero().flatten().tolist() == [int(losses.argmin())]
 
 
 def test_interrupted_in_either_phase_it_ends_where_the_unbroken_one_does(config, whole, tmp_path):
@@ -168,19 +170,22 @@ def test_every_picture_once_before_any_comes_again():
 
 
 def test_dropped_prompts_are_the_empty_prompt(config):
+    def dropped(ids, share, step=0, model=MODEL):
+        return without_prompts(ids, NextScaleFamily(*fresh(model)), replace(config, model=model, drop_prompt=share), step)
+
     ids = model_ids([Prompt(text="ACE", style=("sans", "ink")), Prompt(text="B")] * 50, MODEL)
     empty = torch.nn.functional.pad(model_ids([Prompt()], MODEL), (0, 3))[0]
-    assert torch.equal(without_prompts(ids, replace(config, drop_prompt=0.0), 0), ids)
-    assert bool((without_prompts(ids, replace(config, drop_prompt=1.0), 0) == empty).all())
-    some = without_prompts(ids, replace(config, drop_prompt=0.5), 0)
+    assert torch.equal(dropped(ids, 0.0), ids)
+    assert bool((dropped(ids, 1.0) == empty).all())
+    some = dropped(ids, 0.5)
     gone = (some == empty).all(1)
     assert 30 < int(gone.sum()) < 70
     assert torch.equal(some[~gone], ids[~gone])
-    assert torch.equal(some, without_prompts(ids, replace(config, drop_prompt=0.5), 0))
-    assert not torch.equal(some, without_prompts(ids, replace(config, drop_prompt=0.5), 1))
+    assert torch.equal(some, dropped(ids, 0.5))
+    assert not torch.equal(some, dropped(ids, 0.5, step=1))
 
-    classes = replace(config, model=replace(MODEL, text=None, num_classes=3), drop_prompt=1.0)
-    assert without_prompts(model_ids([Prompt(label=0), Prompt(label=2)], classes.model), classes, 0).tolist() == [3, 3]
+    classes = replace(MODEL, text=None, num_classes=3)
+    assert dropped(model_ids([Prompt(label=0), Prompt(label=2)], classes), 1.0, model=classes).tolist() == [3, 3]
 
 
 # ---- going on from a model
@@ -238,7 +243,7 @@ def test_prompts_of_the_other_kind_are_refused(config, tmp_path):
 
 
 def test_pictures_of_another_size_are_refused(config, tmp_path):
-    with pytest.raises(ConfigError, match=r"data.image_size=\(16, 64\), but the model's grids and stride make \(16, 32\)"):
+    with pytest.raises(ConfigError, match=r"data.image_size=\(16, 64\), but the model's pictures are \(16, 32\)"):
         pretrain(replace(config, data=replace(config.data, image_size=(16, 64))), tmp_path / "words")
     write_folder(tmp_path / "data", torch.zeros(1, 3, 16, 64, dtype=torch.uint8), [Prompt(text="ACE")])
     with pytest.raises(DataError, match=r"is 16x64 .*, must be 16x32"):

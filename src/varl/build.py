@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import assert_never, cast
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -16,9 +16,7 @@ from varl.algorithms.va_pi import VAPI
 from varl.algorithms.var_rl import VARRL
 from varl.checkpoints import hugging_face
 from varl.checkpoints import model as model_folder
-from varl.checkpoints.folder import strict_load
 from varl.checkpoints.model import Pair, model_path
-from varl.checkpoints.released import read_weights
 from varl.checkpoints.t5 import load_t5
 from varl.config import (
     AlgorithmConfig,
@@ -47,15 +45,14 @@ from varl.data.token_cache import TokenCache, tokenizer_key
 from varl.data.words import prompts as word_prompts
 from varl.data.words import split, word_list
 from varl.errors import ConfigError, DataError
-from varl.models.classifier import Eye
 from varl.models.janus import Janus
 from varl.models.next_scale import NextScale
 from varl.models.raster import Raster
 from varl.policies.next_scale import NextScalePolicy
 from varl.policies.raster import RasterPolicy
 from varl.rewards.judge import RewardJudge
+from varl.rewards.networks import open_network
 from varl.rewards.ocr_reward import OCRReward
-from varl.rewards.perceptual import VGG16, Heads, Maps
 from varl.rewards.reconstruction import ReconstructionReward
 from varl.rewards.toy import load_callable
 from varl.settings import to_yaml
@@ -148,7 +145,7 @@ def build_reward(config: RewardConfig, pictures: PicturesOf | None = None) -> Re
         case PythonRewardConfig():
             return load_callable(config.target)
         case ReconstructionConfig():
-            return build_reconstruction(config, demand_pictures("reconstruction", pictures))
+            return ReconstructionReward(config, demand_pictures("reconstruction", pictures), *open_network(config))
     assert_never(config)
 
 
@@ -157,24 +154,6 @@ def demand_pictures(who: str, pictures: PicturesOf | None) -> PicturesOf:
     if pictures is None:
         raise ConfigError(f"{who} compares with real pictures, and this data has none. Set data to pictures.")
     return pictures
-
-
-def build_reconstruction(config: ReconstructionConfig, pictures: PicturesOf) -> ReconstructionReward:
-    """With LPIPS from released files, with a user's feature maps, or with neither."""
-    if config.vgg is not None and config.heads is not None:
-        vgg, heads = VGG16().eval(), Heads()
-        weights = read_weights(Path(config.vgg)).items()
-        strict_load(vgg, {name: tensor for name, tensor in weights if not name.startswith("classifier.")}, config.vgg)
-        strict_load(heads, read_weights(Path(config.heads)), config.heads)
-        return ReconstructionReward(config, pictures, vgg, heads)
-    return ReconstructionReward(config, pictures, None if config.features is None else feature_maps(config.features))
-
-
-def feature_maps(name: str) -> Callable[[Tensor], Maps]:
-    """From pictures in [0, 1] to feature maps: those of a classifier folder or `bundled:NAME`, or what a module:function gives."""
-    if name.startswith("bundled:") or (Path(name) / "config.yaml").is_file():
-        return Eye(model_folder.load_classifier(model_path(name))).eval().requires_grad_(False)
-    return cast(Callable[[Tensor], Maps], load_callable(name))
 
 
 def build_judge(config: RunConfig, pictures: PicturesOf | None) -> RewardJudge:

@@ -550,8 +550,8 @@ class ReconstructionConfig:
     heads: str | None = None
     """File of LPIPS's linear heads for VGG16, version 0.1."""
     features: str | None = None
-    """Folder of a classifier that `varl pretrain` made, or bundled:NAME; or module:function, or path.py:function, from pictures
-    [B, 3, H, W] in [0, 1] to their feature maps, a list of [B, C, h, w]."""
+    """A classifier's folder or `bundled:NAME`; or module:function, or path.py:function, of pictures [B, 3, H, W] in [0, 1]: their feature
+    maps, a list of [B, C, h, w]."""
     batch: int = 16
     """Pictures at once through the network. Changes memory, not results."""
     keep: int = 64
@@ -703,6 +703,8 @@ class PixelLossConfig:
     def __post_init__(self) -> None:
         _demand("pixel_loss.temperature", self.temperature, self.temperature > 0, "above 0")
         _demand("pixel_loss.prior_weight", self.prior_weight, self.prior_weight >= 0, "0 (none) or more")
+        if self.trains == "decoder" and self.prior_weight > 0:
+            raise ConfigError(f"pixel_loss.prior_weight={self.prior_weight}: the transformer is frozen. Set 0, or trains=transformer.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

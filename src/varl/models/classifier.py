@@ -56,8 +56,8 @@ class Classifier(nn.Module):
         return self.head(features).log_softmax(-1)
 
 
-class Eye(nn.Module):
-    """A classifier's maps alone: what looks at pictures for a perceptual distance."""
+class FeatureMaps(nn.Module):
+    """A classifier's `maps`, as a network of their own."""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()

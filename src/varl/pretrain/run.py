@@ -25,6 +25,7 @@ from varl.pretrain.classifier import ClassifierPhase
 from varl.pretrain.data import Shown, pictures
 from varl.pretrain.next_scale import NextScaleFamily
 from varl.pretrain.phase import Metrics, Phase
+from varl.pretrain.pixel_loss import PixelLossPhase
 from varl.pretrain.raster import RasterFamily
 from varl.pretrain.tokenizer import TokenizerPhase
 from varl.pretrain.transformer import TransformerPhase
@@ -111,6 +112,8 @@ def phases(
             family = RasterFamily(model, tokenizer, captions)
         case _:
             assert_never(modules)
+    if config.pixel_loss is not None and isinstance(family, RasterFamily):
+        return [PixelLossPhase(config, family, shown, device)]
     first: list[Phase] = [TokenizerPhase(config, family, shown, device)] if config.trains_tokenizer else []
     return [*first, TransformerPhase(config, family, shown, device)]
 

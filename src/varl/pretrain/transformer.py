@@ -1,6 +1,7 @@
 """A transformer from scratch, or trained on: cross-entropy of the pictures' own tokens."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int, UInt8
@@ -12,6 +13,7 @@ from varl.pretrain.family import Family
 from varl.pretrain.phase import Metrics, Stateless, descend
 from varl.rng import generator
 from varl.train.optim import build_optimizer
+from varl.types import Prompt
 
 
 class TransformerPhase(Stateless):
@@ -24,15 +26,15 @@ class TransformerPhase(Stateless):
 
     def begin(self) -> None:
         self.family.tokenizer.requires_grad_(False)
-        self.ids, self.held_ids = (token_ids(self.family, images, self.device) for images in (self.shown.images, self.shown.held_images))
-        self.said, self.held_said = (self.family.read(said).to(self.device) for said in (self.shown.prompts, self.shown.held_prompts))
+        self.known = known(self.family, self.shown.images, self.shown.prompts, self.device)
+        self.held = known(self.family, self.shown.held_images, self.shown.held_prompts, self.device)
 
     def step(self, step: int) -> Metrics:
         config = self.config
-        batch = batch_index(len(self.ids), config.batch, step, config.seed, "transformer")
-        said = without_prompts(self.said[batch], self.family, config, step)
+        batch = batch_index(len(self.known.ids), config.batch, step, config.seed, "transformer")
+        said = without_prompts(self.known.said[batch], self.family, config, step)
         with precision(config, self.device):
-            losses, right = self.family.fit(said, self.ids[batch])
+            losses, right = self.family.fit(said, self.known.ids[batch])
         loss = losses.mean()
         norm = descend(self, loss, self.family.model.parameters())
 
@@ -44,15 +46,23 @@ class TransformerPhase(Stateless):
 
     @torch.no_grad()
     def _heldout(self) -> dict[str, float]:
-        pieces = zip(self.held_said.split(64), self.held_ids.split(64), strict=True)
+        pieces = zip(self.held.said.split(64), self.held.ids.split(64), strict=True)
         losses = torch.cat([self.family.fit(said, ids)[0] for said, ids in pieces])
         parts = {f"pretrain/heldout_loss_{name}": value for name, value in self.family.parts(losses).items()}
         return {"pretrain/heldout_loss": float(losses.mean()), **parts}
 
 
+class Known(NamedTuple):
+    """Pictures as their tokens, and what was said of them."""
+
+    ids: Int[Tensor, "N L"]
+    said: Int[Tensor, "N ..."]
+
+
 @torch.no_grad()
-def token_ids(family: Family, images: UInt8[Tensor, "N 3 H W"], device: torch.device) -> Int[Tensor, "N L"]:
-    return torch.cat([family.tokenizer.encode(signed(part, device)) for part in images.split(256)])
+def known(family: Family, images: UInt8[Tensor, "N 3 H W"], prompts: Sequence[Prompt], device: torch.device) -> Known:
+    ids = torch.cat([family.tokenizer.encode(signed(part, device)) for part in images.split(256)])
+    return Known(ids, family.read(prompts).to(device))
 
 
 def without_prompts(said: Int[Tensor, "b ..."], family: Family, config: PretrainConfig, step: int) -> Int[Tensor, "b ..."]:

@@ -1,6 +1,20 @@
-"""Base models from scratch, and trained on."""
+"""Base models from scratch, and trained on; and classifiers."""
 
-from varl.config import NextScaleConfig, OptimConfig, PretrainConfig, TextConfig, TokenizerConfig, WordsConfig
+from dataclasses import replace
+from typing import Literal
+
+from varl.config import (
+    ClassifierConfig,
+    GlyphsConfig,
+    NextScaleConfig,
+    OptimConfig,
+    PretrainConfig,
+    RasterConfig,
+    TextConfig,
+    TokenizerConfig,
+    VQConfig,
+    WordsConfig,
+)
 
 WORDS = WordsConfig(image_size=(16, 64), fonts=("mono",), palettes=("indigo", "wine", "pine", "plum"), jitter=0)
 """One word of 3 to 5 letters; the prompt names face and colours."""
@@ -29,6 +43,55 @@ def words_cpu() -> PretrainConfig:
         optim=OptimConfig(name="muon", lr=3e-3, schedule="linear", warmup_steps=10),
         save_every=100,
     )
+
+
+GLYPHS = GlyphsConfig(palettes=("sea", "fire"), seed=309)
+"""Twelve letters. The seed puts faces with serifs and without into every set."""
+
+
+def glyphs_model() -> RasterConfig:
+    """0.7 M parameters, 36 tokens, 256 codes."""
+    tokenizer = VQConfig(vocab=256, channels=8, latent=48, width=48, multipliers=(1,), blocks=1, attention=False, patch=4)
+    return RasterConfig(depth=4, width=128, heads=4, grid=(6, 6), mlp_width=256, num_classes=len(GLYPHS.letters), tokenizer=tokenizer)
+
+
+def glyphs_cpu() -> PretrainConfig:
+    """The bundled base model of letters: three minutes on one core."""
+    return PretrainConfig(
+        name="pretrain/glyphs_cpu",
+        model=glyphs_model(),
+        data=GLYPHS,
+        pictures=8192,
+        tokenizer_steps=1000,
+        steps=430,
+        batch=32,
+        optim=OptimConfig(name="muon", lr=3e-3, schedule="linear", warmup_steps=10),
+        save_every=500,
+    )
+
+
+def glyphs_classifier(name: str, split: Literal["reward", "judge"], widths: tuple[int, ...], seed: int) -> PretrainConfig:
+    return PretrainConfig(
+        name=name,
+        model=ClassifierConfig(num_classes=len(GLYPHS.letters), image_size=GLYPHS.image_size, widths=widths),
+        data=replace(GLYPHS, split=split),
+        pictures=4096,
+        steps=600,
+        batch=64,
+        optim=OptimConfig(lr=3e-3, schedule="linear", warmup_steps=10),
+        save_every=1000,
+        seed=seed,
+    )
+
+
+def glyphs_reward() -> PretrainConfig:
+    """The network of which VA-pi's reward on letters is made: half a minute on one core."""
+    return glyphs_classifier("pretrain/glyphs_reward", "reward", (12, 24, 48), seed=1)
+
+
+def glyphs_judge() -> PretrainConfig:
+    """The network that judges letters, of other faces than the one that rewards: half a minute on one core."""
+    return glyphs_classifier("pretrain/glyphs_judge", "judge", (16, 32, 64), seed=2)
 
 
 WORDS_H200 = WordsConfig(

@@ -1,7 +1,7 @@
 """How alike two pictures look to a network: distances between unit feature vectors, place by place; LPIPS (arXiv 1801.03924) is the one
 whose channels were weighed to agree with people."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -9,6 +9,10 @@ from torch import Tensor, nn
 
 Maps = Sequence[Float[Tensor, "B _ _ _"]]
 """Feature maps [B, C, h, w] of the layers of a network."""
+Features = Callable[[Float[Tensor, "B 3 H W"]], Maps]
+"""From pictures in [0, 1] to their feature maps."""
+Distance = Callable[[Maps, Maps], Float[Tensor, " B"]]
+"""Of pictures by their feature maps."""
 
 EPSILON = 1e-10
 """Added to a vector's length before dividing by it, as LPIPS does."""

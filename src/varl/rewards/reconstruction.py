@@ -2,7 +2,7 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from varl.config import ReconstructionConfig
 from varl.errors import ConfigError, DataError, RewardError
-from varl.rewards.perceptual import Maps, feature_distance
+from varl.rewards.perceptual import Distance, Features, Maps, feature_distance
 from varl.types import Judgement, Prompt
 
 log = logging.getLogger(__name__)
@@ -20,6 +20,33 @@ log = logging.getLogger(__name__)
 def mean_squared_error(images: Float[Tensor, "B 3 H W"], references: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
     """Of pictures in [0, 1], in the units of pixels in [-1, 1] as VA-pi's release has it: 4 times their mean squared difference."""
     return 4 * (images - references).square().mean((1, 2, 3))
+
+
+def distances(
+    images: Float[Tensor, "B 3 H W"],
+    references: Float[Tensor, "B 3 H W"],
+    maps: Maps,
+    features: Features | None,
+    distance: Distance = feature_distance,
+) -> dict[str, Float[Tensor, " B"]]:
+    """`mse` (pixels in [-1, 1]) and, where there are `features`, `perceptual`, of pictures in [0, 1] to references whose feature maps are
+    `maps`. Differentiable in `images`, which may overshoot."""
+    parts = {"mse": mean_squared_error(images, references)}
+    return parts if features is None else {**parts, "perceptual": distance(features(images), maps).float()}
+
+
+def reconstruction_value(parts: Mapping[str, Float[Tensor, " B"]], lpips_weight: float) -> Float[Tensor, " B"]:
+    """-(MSE + lpips_weight * perceptual distance), VA-pi (arXiv 2512.19680) Eq. 10."""
+    return -parts["mse"] - lpips_weight * parts["perceptual"] if lpips_weight > 0 else -parts["mse"]
+
+
+def require_network(config: ReconstructionConfig, features: Features | None) -> None:
+    """ConfigError where the perceptual distance has a weight and there are no features to take it in."""
+    if features is None and config.lpips_weight > 0:
+        raise ConfigError(
+            f"reconstruction.lpips_weight={config.lpips_weight}: there is no network to look with. Set vgg and heads (LPIPS), "
+            "or features, or lpips_weight=0, which is MSE alone."
+        )
 
 
 class Reference(NamedTuple):
@@ -41,14 +68,10 @@ class ReconstructionReward:
         self,
         config: ReconstructionConfig,
         pictures: Callable[[Sequence[Prompt]], Float[Tensor, "B 3 H W"]],
-        features: Callable[[Float[Tensor, "B 3 H W"]], Maps] | None = None,
-        distance: Callable[[Maps, Maps], Float[Tensor, " B"]] = feature_distance,
+        features: Features | None = None,
+        distance: Distance = feature_distance,
     ) -> None:
-        if features is None and config.lpips_weight > 0:
-            raise ConfigError(
-                f"reconstruction.lpips_weight={config.lpips_weight}: there is no network to look with. Set vgg and heads (LPIPS), "
-                "or features, or lpips_weight=0, which is MSE alone."
-            )
+        require_network(config, features)
         self.config, self.pictures, self.features, self.distance = config, pictures, features, distance
         self._kept: OrderedDict[str, Reference | None] = OrderedDict()
 
@@ -67,15 +90,11 @@ class ReconstructionReward:
                     found[row] = reference
             if not found:
                 continue
-            rows, drawn = list(found), images[list(found)].float()
-            parts["mse"][rows] = mean_squared_error(drawn, torch.stack([reference.picture for reference in found.values()])).cpu()
-            if features is not None:
-                maps = [torch.stack(layer) for layer in zip(*(reference.maps for reference in found.values()), strict=True)]
-                parts["perceptual"][rows] = self.distance(features(drawn), maps).float().cpu()
-        value = -parts["mse"]
-        if self.config.lpips_weight > 0:
-            value = value - self.config.lpips_weight * parts["perceptual"]
-        return Judgement(value=value, parts=parts)
+            references = torch.stack([reference.picture for reference in found.values()])
+            maps = [torch.stack(layer) for layer in zip(*(reference.maps for reference in found.values()), strict=True)]
+            for name, part in distances(images[list(found)].float(), references, maps, features, self.distance).items():
+                parts[name][list(found)] = part.cpu()
+        return Judgement(value=reconstruction_value(parts, self.config.lpips_weight), parts=parts)
 
     def _reference(self, prompt: Prompt, images: Float[Tensor, "B 3 H W"]) -> Reference | None:
         """The prompt's picture, from those kept if it is there; None if it cannot be read, which the log says once."""
