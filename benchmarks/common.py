@@ -25,11 +25,12 @@ RANDOM = "random"
 """Instead of a model folder: the words model's shape with random weights, for what does not depend on weights."""
 
 
-def arguments(doc: str, minutes: float, **choices: Sequence[str]) -> argparse.Namespace:
-    """--minutes, --model and --device; and an option for each of `choices`, the first being the default."""
+def arguments(doc: str, minutes: float, *, model: str | None = "bundled:words", **choices: Sequence[str]) -> argparse.Namespace:
+    """--minutes, --device, and --model unless it is None; and an option for each of `choices`, the first being the default."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=minutes, help="about how long to measure")
-    parser.add_argument("--model", default="bundled:words", help=f"a model folder, or `{RANDOM}`")
+    if model is not None:
+        parser.add_argument("--model", default=model, help=f"a model folder, or `{RANDOM}`")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for name, values in choices.items():
         parser.add_argument(f"--{name}", choices=values, default=values[0])
@@ -90,6 +91,25 @@ def alternate(sides: Mapping[str, Callable[[], object]], device: torch.device, b
             side()
             taken[name].append(seconds(device) - start)
     return {name: torch.tensor(times, dtype=torch.float64) for name, times in taken.items()}
+
+
+def peak_bytes(device: torch.device, call: Callable[[], None]) -> int:
+    """Most memory that `call` held beyond what was there before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    moves = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = peak = 0
+    for _, change in moves:
+        held += change
+        peak = max(peak, held)
+    return peak
 
 
 def spread(value: Tensor, unit: float = 1.0, digits: int = 2) -> str:

@@ -7,12 +7,11 @@ Every figure is the median of alternating runs in one process, quartiles in brac
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import RANDOM, alternate, arguments, config, machine, milliseconds, policy_of, random_policy, spread, table
+from common import RANDOM, alternate, arguments, config, machine, milliseconds, peak_bytes, policy_of, random_policy, spread, table
 from torch import Tensor
 
 from varl.build import build_algorithm, build_judge, build_prompts, build_sampler
@@ -141,25 +140,6 @@ def phases(title: str, run: RunConfig, policy: NextScalePolicy, budget: float) -
         f"{1e3 * total:.0f}",
         f"{1e3 * reading:.0f} ({reading / total:.0%})",
     ]
-
-
-def peak_bytes(device: torch.device, call: Callable[[], None]) -> int:
-    """Most memory that `call` held beyond what was there before it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    moves = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held = peak = 0
-    for _, change in moves:
-        held += change
-        peak = max(peak, held)
-    return peak
 
 
 def log_prob_memory(device: torch.device) -> list[list[object]]:

@@ -349,8 +349,9 @@ def encoded(policy: RasterPolicy) -> list[int]:
 
 def of_pictures(tmp_path, tokenizer_seed: int = 0) -> tuple[RasterPolicy, torch.Tensor]:
     """Built as a run builds it: a model folder, four pictures of noise, and a folder to keep tokens in."""
+    raster = make_model(CLASSES)
     torch.manual_seed(tokenizer_seed)
-    model = model_folder.save(tmp_path / f"base-{tokenizer_seed}", make_model(CLASSES), VQ(TOKENIZER), {})
+    model = model_folder.save(tmp_path / f"base-{tokenizer_seed}", raster, VQ(TOKENIZER), {})
     (tmp_path / "real").mkdir(exist_ok=True)
     noise = (torch.rand(4, 4, 6, 3, generator=torch.Generator().manual_seed(1)) * 256).byte().numpy()
     for i, pixels in enumerate(noise):
