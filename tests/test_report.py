@@ -1,9 +1,13 @@
 """The page of a run and the comparison of runs, from directories as training writes them. `write_run` makes such a directory."""
 
+import base64
+import io
 import json
 import math
 import random
 import re
+import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +19,7 @@ from varl.errors import DataError
 from varl.report import compare, compare_text, write_report
 from varl.report.data import by_column, read_lines, read_run
 from varl.report.page import POINTS, define, duration, span_mean
-from varl.report.pictures import thin
+from varl.report.pictures import DRAW_SIDE, MOST_DRAWS, data_uri, draws, telling, thin
 from varl.report.summary import headline, measures, nested, probe, tables
 
 GRIDS = [[1, 1], [1, 4], [2, 8], [3, 12], [4, 16]]
@@ -178,6 +182,64 @@ def write_gallery(path: Path, rng: random.Random, count: int, size: tuple[int, i
             entry[side] = {"found": seen(text, rng), "correct": text == word}
         entries.append(entry)
     (path / "gallery/index.json").write_text(json.dumps(entries))
+
+
+LETTERS = "ABDEGH"
+VA_PI_SUMMARY = {
+    "fd_before": 13.6,
+    "fd_after": 9.8,
+    "before": around("fd", 13.6, 0.7) | around("recall", 0.71, 0.02) | {"accuracy": 0.93},
+    "after": around("fd", 9.8, 0.6) | around("recall", 0.74, 0.02) | {"accuracy": 0.97},
+    "ce_only": around("fd", 14.0, 0.7) | around("recall", 0.7, 0.02) | {"accuracy": 0.93},
+    "law_sweep": [{"law": "T1.0", "before": 13.6, "after": 9.8, "ce_only": 14.0}, {"law": "T0.9", "before": 11.6, "after": 9.5}],
+}
+
+
+def write_va_pi_run(path: Path, count: int = 8, size: int = 24, steps: tuple[int, ...] = (0, 35, 70)) -> Path:
+    """A run directory as VA-pi leaves it: real letters, each with `count` draws that are paid by how near they come to it."""
+    path.mkdir(parents=True)
+    rng = random.Random(3)
+    (path / "config.yaml").write_text("name: va_pi/glyphs_cpu\nmodel: bundled:glyphs\nseed: 3\nalgorithm:\n  kind: va_pi\n")
+    lines = [{"step": k, "reward": -0.4 + 0.001 * k, "prior/nll": 2.9 - 0.001 * k, "eval/reward": -0.38 + 0.001 * k} for k in range(1, 71)]
+    write_lines(path / "metrics.jsonl", lines)
+    (path / "summary.json").write_text(json.dumps(VA_PI_SUMMARY))
+    asked = [{"text": letter, "words": [], "style": []} for letter in LETTERS]
+    index = {"grids": [[6, 6]], "panw_alpha": 0.0, "panw_weights": [1.0], "prompts": asked, "steps": steps}
+    for step in steps:
+        folder, read = path / f"pictures/step-{step:06d}", []
+        for number, letter in enumerate(LETTERS):
+            palette, real = STYLES[number % 4][1], folder / f"{number:02d}-real.png"
+            draw(real, letter, palette, 0, rng, (size, size))
+            told = []
+            for k in range(count):
+                drawn = folder / f"{number:02d}-{k}.png"
+                draw(drawn, letter, palette, (0.2 + 0.1 * k) * (1 - step / 100), rng, (size, size))
+                mse = squared_error(real, drawn)
+                parts = {"reconstruction": -1.5 * mse, "reconstruction/mse": mse, "reconstruction/perceptual": 0.5 * mse}
+                told.append({"reward": -1.5 * mse, "parts": parts})
+            shutil.copy(folder / f"{number:02d}-0.png", folder / f"{number:02d}.png")
+            rewards = [entry["reward"] for entry in told]
+            for entry in told:
+                entry["advantage"] = (entry["reward"] - statistics.mean(rewards)) / (statistics.stdev(rewards) + 1e-4)
+            flat = {"mask": [[1.0] * 36], "advantage": [[told[0]["advantage"]] * 36]}
+            read.append({"reward": rewards[0], "found": [], **flat, "draws": told})
+        (folder / "read.json").write_text(json.dumps(read))
+    (path / "pictures/index.json").write_text(json.dumps(index))
+    items = []
+    for number, letter in enumerate(LETTERS):
+        for side, noise in (("before", 0.6), ("after", 0.1)):
+            draw(path / f"gallery/{side}/{number:02d}.png", letter, "sea", noise, rng, (size, size))
+        sides = {"before": {"found": [], "correct": number > 2}, "after": {"found": [], "correct": number > 0}}
+        items.append({"text": letter, "style": [], **sides})
+    (path / "gallery/index.json").write_text(json.dumps(items))
+    return path
+
+
+def squared_error(real: Path, drawn: Path) -> float:
+    """Mean over channels and places, of pixels in [-1, 1]."""
+    with Image.open(real) as one, Image.open(drawn) as other:
+        pairs = list(zip(one.tobytes(), other.tobytes(), strict=True))
+    return sum((2 * (a - b) / 255) ** 2 for a, b in pairs) / len(pairs)
 
 
 def shown(page: Path) -> dict:
@@ -402,6 +464,112 @@ def test_large_pictures_still_make_a_small_page(tmp_path):
     assert content["film"]["steps"][0] == 0
     assert content["film"]["steps"][-1] == 59
     assert content["gallery"]["left_out"] + len(content["gallery"]["items"]) == 60
+
+
+@pytest.fixture(scope="module")
+def rebuilt(tmp_path_factory) -> Path:
+    return write_va_pi_run(tmp_path_factory.mktemp("runs") / "va_pi")
+
+
+def test_a_picture_has_its_real_one_and_its_draws(rebuilt, tmp_path):
+    film = shown(write_report(rebuilt, tmp_path / "page.html"))["film"]
+    assert film["steps"] == [0, 35, 70]
+    told = json.loads((rebuilt / "pictures/step-000035/read.json").read_text())[4]["draws"]
+    shot = film["frames"][1][4]
+    assert film["prompts"][4]["real"] == data_uri(rebuilt / "pictures/step-000035/04-real.png")
+    assert [each["number"] for each in shot["draws"]] == list(range(8))
+    assert [each["picture"] for each in shot["draws"]] == [data_uri(rebuilt / f"pictures/step-000035/04-{k}.png") for k in range(8)]
+    assert shot["picture"] == shot["draws"][0]["picture"]
+    for entry, each in zip(told, shot["draws"], strict=True):
+        assert each["parts"] == {
+            "mse": pytest.approx(entry["parts"]["reconstruction/mse"], rel=5e-3),
+            "perceptual": pytest.approx(entry["parts"]["reconstruction/perceptual"], rel=5e-3),
+        }
+        assert each["reward"] == pytest.approx(entry["reward"], rel=5e-3)
+        assert each["advantage"] == pytest.approx(entry["advantage"], rel=5e-3)
+    best, worst = (pick(told, key=lambda entry: entry["reward"]) for pick in (max, min))
+    assert [each["mark"] for each in shot["draws"]] == [{told.index(best): "best", told.index(worst): "worst"}.get(k) for k in range(8)]
+    assert shot["draws_reward"] == pytest.approx(statistics.mean(entry["reward"] for entry in told), rel=5e-3)
+    assert shot["draws_left_out"] == 0
+    assert shot["advantage"] == []
+
+
+def test_a_run_without_draws_knows_nothing_of_them(whole, tmp_path):
+    film = shown(write_report(whole, tmp_path / "page.html"))["film"]
+    assert film["prompts"][0].keys() == {"text", "words", "style"}
+    assert film["frames"][0][0].keys() == {"picture", "reward", "found", "mask", "advantage"}
+
+
+def entry(reward: float | None) -> dict:
+    return {"reward": reward, "parts": {}, "advantage": 0.0}
+
+
+def test_of_many_draws_the_best_and_the_worst_stay(tmp_path):
+    rewards = [0.5] * 20
+    rewards[15], rewards[18] = 0.9, 0.1
+    found = draws(tmp_path, 0, [entry(reward) for reward in rewards])
+    assert [each["number"] for each in found["draws"]] == [*range(MOST_DRAWS - 2), 15, 18]
+    assert found["draws_left_out"] == 8
+    assert found["draws_reward"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("rewards", "marks", "mean"),
+    [
+        ([0.0, 2.0, 1.0], ["worst", "best", None], 1.0),
+        ([None, 2.0, 1.0], [None, "best", "worst"], 1.5),
+        ([1.0, 1.0], [None, None], 1.0),
+        ([1.0, None], [None, None], 1.0),
+        ([None], [None], None),
+    ],
+)
+def test_best_and_worst(tmp_path, rewards, marks, mean):
+    found = draws(tmp_path, 0, [entry(reward) for reward in rewards])
+    assert [each["mark"] for each in found["draws"]] == marks
+    assert [each["reward"] for each in found["draws"]] == rewards
+    assert found["draws_reward"] == mean
+
+
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        ({"rebuild": -3, "rebuild/mse": 1, "rebuild/look": 2}, {"mse": 1, "look": 2}),
+        ({"rebuild": -3}, {}),
+        ({"a": 1, "a/mse": 2, "b": 3}, {"a": 1, "a/mse": 2, "b": 3}),
+        ({"mse": 1, "look": 2}, {"mse": 1, "look": 2}),
+        ({}, {}),
+    ],
+)
+def test_parts_of_one_reward_lose_its_name(parts, told):
+    assert telling(parts) == told
+
+
+def test_large_draws_still_make_a_small_page(tmp_path):
+    run = write_va_pi_run(tmp_path / "run", count=2, size=160, steps=(0,))
+    folder, index = run / "pictures", json.loads((run / "pictures/index.json").read_text())
+    read = json.loads((folder / "step-000000/read.json").read_text())
+    for number, told in enumerate(read):
+        told["draws"] += 6 * told["draws"][1:]
+        for k in range(2, 8):
+            (folder / f"step-000000/{number:02d}-{k}.png").symlink_to(folder / f"step-000000/{number:02d}-1.png")
+    (folder / "step-000000/read.json").write_text(json.dumps(read))
+    for step in range(1, 40):
+        (folder / f"step-{step:06d}").symlink_to(folder / "step-000000")
+    (folder / "index.json").write_text(json.dumps(index | {"steps": list(range(40))}))
+    page = write_report(run)
+    film = shown(page)["film"]
+    assert page.stat().st_size < 3_000_000
+    assert 2 <= len(film["steps"]) == 40 - film["left_out"] < 40
+    assert len(film["frames"][0][0]["draws"]) == 8
+    content = base64.b64decode(film["frames"][0][0]["draws"][7]["picture"].removeprefix("data:image/jpeg;base64,"))
+    assert Image.open(io.BytesIO(content)).size == (DRAW_SIDE, DRAW_SIDE)
+
+
+def test_a_distance_is_better_when_it_falls(rebuilt, whole):
+    found = headline(read_run(rebuilt))
+    assert (found["metric"], found["before"]["value"], found["after"]["value"]) == ("fd", 13.6, 9.8)
+    assert found["lower_is_better"] is True
+    assert headline(read_run(whole))["lower_is_better"] is False
 
 
 def test_compare(whole, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from test_report import shown, write_lines, write_run
+from test_report import LETTERS, shown, write_lines, write_run, write_va_pi_run
 from varl.report import compare, write_report
 
 pytestmark = pytest.mark.slow
@@ -152,6 +152,71 @@ def test_a_run_without_masks_or_intervals_is_drawn(tmp_path):
     assert "data-error" not in root(document)
     assert "No advantages were recorded" in document
     assert "no picture" in document
+
+
+@pytest.fixture(scope="module")
+def rebuilt(tmp_path_factory) -> Path:
+    return write_report(write_va_pi_run(tmp_path_factory.mktemp("runs") / "va_pi"))
+
+
+def test_real_picture_and_draws_are_drawn(rebuilt, tmp_path):
+    document, film = dom(rebuilt, tmp_path, "#step=35&prompt=1"), shown(rebuilt)["film"]
+    assert "data-error" not in root(document)
+    assert re.findall(r'<section id="(\w+)"', document) == [name for name in SECTIONS if name != "entropy" and name != "time"]
+    (shot,) = re.findall(r'id="shot">(.*?)<div class="strip"', document, flags=re.S)
+    assert film["prompts"][1]["real"] in shot
+    places = [shot.index(f'alt="draw {k}') for k in range(2, 9)]
+    assert places == sorted(places)
+    assert all(each["picture"] in shot for each in film["frames"][1][1]["draws"])
+    assert len(re.findall(">best</b>", shot)) == len(re.findall(">worst</b>", shot)) == 1
+    part = drawn_part(document)
+    assert not re.search("reader|nothing read|PANW|NaN|undefined|>null", part)
+    assert len(re.findall(">recognised", part)) == 3 + 5
+    assert "Fréchet distance, lower is better" in part
+    assert re.search('class="badge good">−3.8 · −28 %<', part)
+
+
+def test_squared_differences_are_the_mse_and_follow_the_chosen_draw(rebuilt, tmp_path):
+    """The maps are drawn after the click has returned, so the answer is given once they are."""
+    press = """document.getElementById("pick-6").click();
+      setTimeout(() => {
+        const [, drawn, difference, push] = [...document.querySelectorAll("#credit .scale")].map((card) => card.lastChild.textContent);
+        const pressed = document.querySelector("#shot [aria-pressed=true]").id;
+        document.documentElement.dataset.answer = [pressed, document.activeElement.id, drawn, difference, push].join(";");
+      }, 1000);"""
+    chosen, focus, drawn, difference, push = asked(rebuilt, tmp_path, press).split(";")
+    draw = shown(rebuilt)["film"]["frames"][-1][0]["draws"][6]
+    said = lambda text: float(text.replace("−", "-"))  # noqa: E731
+    assert (chosen, focus) == ("draw-6", "pick-6")
+    assert said(drawn.removeprefix("reward ")) == draw["reward"]
+    mean, most = (said(number) for number in re.findall(r"[\d.]+", difference))
+    assert mean == draw["parts"]["mse"]
+    assert most > mean
+    assert said(push.removeprefix("advantage ")) == pytest.approx(draw["advantage"], abs=5e-4)
+
+
+@pytest.mark.parametrize("width", [1300, 420])
+def test_draws_do_not_stick_out(rebuilt, tmp_path, width):
+    measure = "return [innerWidth, document.documentElement.scrollWidth].join(' ');"
+    inner, scroll = asked(rebuilt, tmp_path, measure, f"--window-size={width},1600").split()
+    assert int(scroll) <= int(inner)
+
+
+def test_one_grid_without_draws_or_classifier(tmp_path):
+    """As a free run of a raster model leaves it: the credit would be flat, and nobody says what is right."""
+    run = write_va_pi_run(tmp_path / "run", count=2, steps=(0,))
+    file, index, pairs = run / "pictures/step-000000/read.json", run / "pictures/index.json", run / "gallery/index.json"
+    file.write_text(json.dumps([{name: told[name] for name in told if name != "draws"} for told in json.loads(file.read_text())]))
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps(content | {"prompts": [prompt | {"text": ""} for prompt in content["prompts"]]}))
+    bare = [{**pair, "before": {"found": []}, "after": {"found": []}} for pair in json.loads(pairs.read_text())]
+    pairs.write_text(json.dumps(bare))
+    part = drawn_part(dom(write_report(run), tmp_path / "profile"))
+    assert "data-error" not in root(part)
+    assert 'id="credit"' not in part
+    assert not re.search("recognised|reader|nothing read|fixed 0|>null|undefined", part)
+    assert part.count("<article") == len(LETTERS)
+    assert "picture 6" in part
 
 
 def test_comparison_is_drawn(page, tmp_path):

@@ -2,6 +2,7 @@
 /* Draws the page from the JSON in #data. Text only ever becomes a text node. */
 const root = document.documentElement;
 window.onerror = (message, file, line) => { root.dataset.error = `${message} (line ${line})`; };
+window.onunhandledrejection = (event) => { root.dataset.error = String(event.reason); };
 const run = JSON.parse(document.getElementById("data").textContent);
 
 /* ---- small tools ---- */
@@ -17,6 +18,7 @@ function fill(node, attributes, children) {
 }
 const h = (tag, attributes = {}, ...children) => fill(document.createElement(tag), attributes, children);
 const s = (tag, attributes = {}, ...children) => fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+const refill = (node, ...children) => { node.replaceChildren(); return fill(node, {}, children); };
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 const words = (name) => name.replaceAll("_", " ");
@@ -31,7 +33,12 @@ function format(value) {
   return String(Number(value.toPrecision(3))).replace("-", "−");
 }
 /* Numbers that are compared down a column keep their zeros. */
-const formatEven = (value) => (isNumber(value) && !Number.isInteger(value) && Math.abs(value) < 1 && Math.abs(value) >= .001 ? value.toFixed(3).replace("-", "−") : format(value));
+function formatEven(value) {
+  const size = Math.abs(value);
+  if (!isNumber(value) || Number.isInteger(value) || size < .001 || size >= 100) return format(value);
+  return (size < 1 ? value.toFixed(3) : value.toPrecision(3)).replace("-", "−");
+}
+const signed = (value, digits = 3) => (isNumber(value) ? (value > 0 ? "+" : "") + format(Number(value.toPrecision(digits))) : "–");
 /* Text with `commands` in it. */
 const prose = (text) => text.split("`").map((part, i) => (i % 2 ? h("code", {}, part) : part));
 const isShare = (name) => /accuracy|share|rate$|exact|occupancy|fraction/.test(name);
@@ -48,6 +55,12 @@ function section(id, title, lead, ...children) {
 const absent = (name) => run.missing[name] && h("div", { class: "absent" }, prose(run.missing[name]));
 
 /* ---- pictures and what was read in them ---- */
+/* Whether there is a reader at all: words are wanted, or something was read. Else a picture is right or wrong, or nobody said. */
+const film = run.film;
+const shots = [...(film?.frames || []).flat(), ...(run.gallery?.items || []).flatMap(({ before, after }) => [before, after])];
+const reads = shots.some((shot) => shot.found?.length) || (film?.prompts || []).some((prompt) => prompt.words?.length);
+const hasBoxes = shots.some((shot) => shot.found?.some((found) => found.box));
+const hasDraws = shots.some((shot) => shot.draws);
 const letters = (text) => text.toUpperCase().replace(/\s+/g, " ").trim();
 const isRight = (found, wanted) => letters(found.text).split(" ").every((word) => wanted.some((want) => letters(want) === word));
 
@@ -62,7 +75,7 @@ function boxes(found, wanted) {
 }
 function picture(uri, alt, overlay) {
   if (!uri) return h("div", { class: "picture" }, h("span", { class: "none" }, "no picture"));
-  const image = h("img", { src: uri, alt, onload: (event) => event.target.classList.toggle("smooth", event.target.naturalWidth > 200) });
+  const image = h("img", { src: uri, alt, onload: (event) => event.target.classList.toggle("smooth", event.target.naturalWidth > 100) });
   return h("div", { class: "picture" }, image, overlay);
 }
 
@@ -82,9 +95,11 @@ function spell(got, wanted) {
   return out;
 }
 function reading(found, wanted, correct) {
+  if (!reads && typeof correct !== "boolean") return null;
   const text = found.map((f) => f.text).join(" ");
   const right = correct ?? (letters(text) === letters(wanted.join(" ")));
   const mark = h("span", { class: `mark ${right ? "good" : "bad"}`, role: "img", "aria-label": right ? "correct" : "wrong" }, right ? "✓" : "✗");
+  if (!reads) return h("div", { class: "read" }, mark, h("span", { class: "soft" }, right ? "recognised" : "not recognised"));
   return h("div", { class: "read" }, mark, text ? (right ? text : spell(text, wanted.join(" "))) : h("span", { class: "soft" }, "nothing read"));
 }
 
@@ -92,29 +107,33 @@ function reading(found, wanted, correct) {
 function facts(entries) {
   return h("dl", { class: "facts" }, Object.entries(entries).map(([name, value]) => [h("dt", {}, words(name)), h("dd", {}, cell(name, value))]));
 }
-function headline({ metric, before, after, source }) {
+const LONG = { fd: "Fréchet distance" };
+function headline({ metric, lower_is_better: lower, before, after, source }) {
   const gain = after.value - before.value;
-  const delta = isShare(metric) ? `${(100 * gain).toFixed(1)} points` : format(gain);
+  const relative = lower && before.value > 0 ? ` · ${signed(Math.round(100 * gain / before.value))} %` : "";
+  const delta = isShare(metric) ? `${(100 * gain).toFixed(1)} points` : format(gain) + relative;
   const ends = h("div", { class: "ends" },
     h("span", { class: "value old" }, formatAs(metric, before.value)), h("span", { class: "arrow" }, "→"),
     h("span", { class: "value" }, formatAs(metric, after.value)),
-    h("span", { class: `badge ${gain >= 0 ? "good" : "bad"}` }, (gain > 0 ? "+" : "") + delta.replace("-", "−")));
+    h("span", { class: `badge ${(lower ? gain <= 0 : gain >= 0) ? "good" : "bad"}` }, (gain > 0 ? "+" : "") + delta.replace("-", "−")));
   const intervals = before.interval && after.interval;
   const says = intervals ? `${source}; before ${formatInterval(metric, before.interval)}, after ${formatInterval(metric, after.interval)}${isShare(metric) ? " %" : ""}` : source;
-  return h("div", { class: "card result" }, h("div", {}, h("div", { class: "eyebrow" }, words(metric)), ends), intervals && versus(metric, before, after),
+  return h("div", { class: "card result" }, h("div", {}, h("div", { class: "eyebrow" }, (LONG[metric] || words(metric)) + (lower ? ", lower is better" : "")), ends), intervals && versus(metric, before, after),
     h("p", { class: "small soft num" }, says));
 }
-/* Before and after as dots with whiskers on one axis. */
+/* Before and after as dots with whiskers on one axis: from 0 to 1 if that holds them, else from 0 to round numbers. */
 function versus(metric, before, after) {
   const ends = [before, after].flatMap((m) => [m.value, ...m.interval]);
-  const low = Math.min(0, ...ends), high = Math.max(1, ...ends), x = (value) => 6 + 388 * (value - low) / (high - low);
+  const span = ends.every((end) => end >= 0 && end <= 1) ? [0, 1] : [Math.min(0, ...ends), Math.max(0, ...ends)];
+  const [first, second] = ticks(...span, 4), step = second - first;
+  const low = step * Math.floor(span[0] / step), high = step * Math.ceil(span[1] / step), x = (value) => 6 + 388 * (value - low) / (high - low);
   const whisker = (m, y, colour) => [
     s("line", { x1: x(m.interval[0]), x2: x(m.interval[1]), y1: y, y2: y, stroke: colour, "stroke-width": 2.5, "stroke-linecap": "round" }),
     s("circle", { cx: x(m.value), cy: y, r: 4.5, fill: colour })];
   return s("svg", { class: "versus", viewBox: "0 0 400 44", role: "img", "aria-label": "before and after with their intervals" },
     s("line", { x1: 6, x2: 394, y1: 30, y2: 30, stroke: "var(--line)" }),
-    [0, .25, .5, .75, 1].map((t) => s("line", { x1: 6 + 388 * t, x2: 6 + 388 * t, y1: 27, y2: 30, stroke: "var(--line)" })),
-    [0, 1].map((t) => s("text", { x: 6 + 388 * t, y: 42, "text-anchor": t ? "end" : "start" }, formatAs(metric, low + t * (high - low)).replace(".0", ""))),
+    ticks(low, high, 4).map((t) => s("line", { x1: x(t), x2: x(t), y1: 27, y2: 30, stroke: "var(--line)" })),
+    [low, high].map((t) => s("text", { x: x(t), y: 42, "text-anchor": t === high ? "end" : "start" }, formatAs(metric, t).replace(".0", ""))),
     whisker(before, 9, "var(--soft)"), whisker(after, 20, "var(--accent)"));
 }
 function command() {
@@ -144,25 +163,26 @@ function galleryCard({ text, style, before, after }) {
 }
 function gallery() {
   if (!run.gallery) return section("gallery", "Before and after", null, absent("gallery"));
+  const judged = run.gallery.items.some(({ after }) => typeof after.correct === "boolean");
   const outcome = ({ before, after }) => (after.correct ? (before.correct ? "right in both" : "fixed") : (before.correct ? "broken" : "wrong in both"));
   const cards = run.gallery.items.map((item) => [outcome(item), galleryCard(item)]);
   const tiles = h("div", { class: "tiles" }, cards.map(([, card]) => card));
-  const chips = ["all", "fixed", "broken", "right in both", "wrong in both"].map((name) => {
+  const chips = (judged ? ["all", "fixed", "broken", "right in both", "wrong in both"] : []).map((name) => {
     const count = name === "all" ? cards.length : cards.filter(([kind]) => kind === name).length;
     return h("button", { "aria-pressed": String(name === "all"), onclick: () => {
       for (const chip of chips) chip.setAttribute("aria-pressed", String(chip === chips.find((c) => c.dataset.name === name)));
       for (const [kind, card] of cards) card.hidden = name !== "all" && kind !== name;
     }, "data-name": name }, `${name} ${count}`);
   });
-  const toggle = h("button", { "aria-pressed": "true", onclick: () => toggle.setAttribute("aria-pressed", String(!tiles.classList.toggle("boxless"))) }, "reader's boxes");
+  const toggle = hasBoxes && h("button", { "aria-pressed": "true", onclick: () => toggle.setAttribute("aria-pressed", String(!tiles.classList.toggle("boxless"))) }, "reader's boxes");
   const more = run.gallery.left_out ? ` ${run.gallery.left_out} further pairs are left out to keep the page small.` : "";
-  return section("gallery", "Before and after", `The same prompts and seeds, drawn by the model before and after training. Boxes and words are what the reader saw.${more}`,
+  const judge = reads ? " Boxes and words are what the reader saw." : judged ? " Recognised: the judge takes it for what was asked." : "";
+  return section("gallery", "Before and after", `The same prompts and seeds, drawn by the model before and after training.${judge}${more}`,
     h("div", { class: "row spread" }, h("div", { class: "row" }, chips), toggle), tiles);
 }
 
 /* ---- training, step by step ---- */
-const film = run.film;
-const view = { step: 0, prompt: 0, listeners: [] };
+const view = { step: 0, prompt: 0, draw: 0, listeners: [] };
 function show(step, prompt, keep) {
   view.step = clamp(step, 0, film.steps.length - 1);
   view.prompt = clamp(prompt, 0, film.prompts.length - 1);
@@ -179,6 +199,7 @@ function followLink() {
   show(link.has("step") ? Math.max(0, at) : film.steps.length - 1, Math.round(Number(link.get("prompt"))) || 0, true);
   return true;
 }
+const nameOf = (prompt) => prompt.text || `picture ${film.prompts.indexOf(prompt) + 1}`;
 const wantedOf = (prompt) => (prompt.words && prompt.words.length ? prompt.words : prompt.text.split(/\s+/));
 
 function player() {
@@ -202,30 +223,56 @@ function player() {
   return h("div", { class: "card player" }, play, slider, label);
 }
 function wall() {
-  const buttons = film.prompts.map((prompt, number) => h("button", { onclick: () => show(view.step, number), title: prompt.text }));
+  const buttons = film.prompts.map((prompt, number) => h("button", { onclick: () => show(view.step, number), title: nameOf(prompt) }));
   view.listeners.push(() => buttons.forEach((button, number) => {
     const shot = film.frames[view.step][number];
     button.setAttribute("aria-pressed", String(number === view.prompt));
-    button.replaceChildren(picture(shot.picture, film.prompts[number].text),
-      h("div", { class: "name" }, h("span", {}, film.prompts[number].text), h("span", { class: "soft num" }, format(shot.reward))));
+    const name = nameOf(film.prompts[number]);
+    button.replaceChildren(picture(shot.picture, name),
+      h("div", { class: "name" }, h("span", {}, name), h("span", { class: "soft num" }, format(shot.reward))));
   }));
   return h("div", { class: "card fixed" }, buttons);
 }
 function detail() {
   const box = h("div", { class: "card", id: "shot" });
   view.listeners.push((shot, prompt) => {
-    const wanted = wantedOf(prompt);
-    box.replaceChildren(
-      h("div", { class: "row spread" }, h("span", { class: "want" }, prompt.text), h("span", { class: "small soft" }, (prompt.style || []).join(" · "))),
-      h("div", { style: { margin: "9px 0 8px" } }, picture(shot.picture, `${prompt.text} at step ${film.steps[view.step]}`, boxes(shot.found, wanted))),
-      h("div", { class: "row spread" }, reading(shot.found, wanted), h("span", { class: "num" }, h("span", { class: "soft" }, "reward "), h("b", {}, format(shot.reward)))),
+    const wanted = wantedOf(prompt), name = nameOf(prompt);
+    refill(box,
+      h("div", { class: "row spread" }, h("span", { class: "want" }, name), h("span", { class: "small soft" }, (prompt.style || []).join(" · "))),
+      shot.draws ? redrawn(shot, prompt) : [
+        h("div", { style: { margin: "9px 0 8px" } }, picture(shot.picture, `${name} at step ${film.steps[view.step]}`, boxes(shot.found, wanted))),
+        h("div", { class: "row spread" }, reading(shot.found, wanted), h("span", { class: "num" }, h("span", { class: "soft" }, "reward "), h("b", {}, format(shot.reward))))],
       rewardLine());
   });
   return box;
 }
+/* A real picture, the chosen one of its draws beside it, and all draws to choose from. */
+const chosen = (shot) => clamp(view.draw, 0, shot.draws.length - 1);
+const drawName = ({ number, mark }) => `draw ${number + 1}${mark ? `, ${mark}` : ""}`;
+function choose(draw, button) {
+  view.draw = draw;
+  show(view.step, view.prompt, true);
+  document.getElementById(button).focus({ preventScroll: true });
+}
+function redrawn(shot, prompt) {
+  const at = chosen(shot), draw = shot.draws[at];
+  const less = shot.draws_left_out ? `${shot.draws_left_out} more are left out; the best and the worst are here. ` : "";
+  return [
+    h("div", { class: "pair" }, h("figure", {}, h("figcaption", {}, "real"), picture(prompt.real, `${nameOf(prompt)}, the real picture`)),
+      h("figure", {}, h("figcaption", {}, drawName(draw)), picture(draw.picture, `${drawName(draw)} at step ${film.steps[view.step]}`))),
+    h("div", { class: "draws" }, shot.draws.map((each, i) => h("button", { id: `draw-${i}`, "aria-pressed": String(i === at), title: drawName(each), onclick: () => choose(i, `draw-${i}`) },
+      picture(each.picture, drawName(each)),
+      ends(isNumber(each.reward) ? h("b", {}, formatEven(each.reward)) : "not judged", each.mark && h("b", { class: each.mark === "best" ? "good" : "bad" }, each.mark)),
+      Object.entries(each.parts).map(([name, value]) => ends(h("span", { class: "soft" }, words(name)), formatEven(value))),
+      ends(h("span", { class: "soft" }, "advantage"), h("span", { style: { color: pushColour(each.advantage) } }, signed(each.advantage, 2)))))),
+    h("div", { class: "small soft num" }, `${less}Mean reward of all draws ${format(shot.draws_reward)}; below, at every step.`)];
+}
+const ends = (left, right) => h("div", { class: "line num" }, h("span", {}, left), right);
+const pushColour = (value) => (value > 0 ? "var(--plus)" : "var(--minus)");
+const rewardOf = (shot) => (shot.draws ? shot.draws_reward : shot.reward);
 /* This prompt's reward at every drawn step, with the present one marked. */
 function rewardLine() {
-  const values = film.frames.map((frame) => frame[view.prompt].reward), known = values.filter(isNumber);
+  const values = film.frames.map((frame) => rewardOf(frame[view.prompt])), known = values.filter(isNumber);
   if (known.length < 2) return null;
   const low = Math.min(...known), span = Math.max(...known) - low || 1;
   const x = (i) => 5 + 390 * i / (values.length - 1), y = (value) => 41 - 34 * (value - low) / span;
@@ -240,7 +287,7 @@ function strip() {
   let shown = -1;
   view.listeners.push((_, prompt) => {
     if (shown !== view.prompt) bar.replaceChildren(...film.frames.map((frame, i) => h("button", { onclick: () => show(i, view.prompt) },
-      picture(frame[view.prompt].picture, `${prompt.text} at step ${film.steps[i]}`), h("span", { class: "num soft" }, film.steps[i]))));
+      picture(frame[view.prompt].picture, `${nameOf(prompt)} at step ${film.steps[i]}`), h("span", { class: "num soft" }, film.steps[i]))));
     shown = view.prompt;
     [...bar.children].forEach((button, i) => button.setAttribute("aria-pressed", String(i === view.step)));
     const here = bar.children[view.step];
@@ -251,7 +298,9 @@ function strip() {
 function training() {
   if (!film) return section("film", "Training, step by step", null, absent("film"));
   const less = film.left_out ? ` ${film.left_out} of ${film.left_out + film.steps.length} steps are left out to keep the page small.` : "";
-  return section("film", "Training, step by step", `Fixed prompts, each with its own fixed seed, so only the weights change. Drag the slider, or use the ← and → keys.${less}`,
+  const what = hasDraws ? "Fixed real pictures, drawn again with every token in the context of the real ones before it: here the first draw and its reward, beside it all draws of the chosen picture. Seeds are fixed too"
+    : "Fixed prompts, each with its own fixed seed";
+  return section("film", "Training, step by step", `${what}, so only the weights change. Drag the slider, or use the ← and → keys.${less}`,
     player(), h("div", { class: "stage" }, wall(), detail()), strip());
 }
 
@@ -281,12 +330,59 @@ function panwBars() {
   return h("div", { class: "card" }, h("h3", {}, "PANW weight of one token, scale by scale"),
     h("p", { class: "small soft" }, isNumber(film.panw_alpha) ? `(h w)^−${film.panw_alpha}: coarse tokens decide more of the picture and gain weight.` : ""), h("div", { class: "panw" }, bars));
 }
+/* Of one grid whose tokens all have the same weight and advantage there is nothing to see. */
+const isFlat = (row) => row.every((value) => value === row[0]);
+const saysNothing = () => film.grids.length === 1 && film.frames.flat().every((shot) => isFlat([...(shot.mask[0] || "")]) && isFlat(shot.advantage[0] || []));
+
+/* The mean squared difference of two pictures in each cell of a grid, of pixels in [-1, 1]: if none was shrunk, their mean is the reward's mse. */
+async function squaredError(real, drawn, [rows, columns]) {
+  if (!real || !drawn) return new Array(rows * columns).fill(0);
+  const [a, b] = await Promise.all([real, drawn].map(async (uri) => { const image = new Image(); image.src = uri; await image.decode(); return image; }));
+  const width = b.naturalWidth, height = b.naturalHeight;
+  const [p, q] = [a, b].map((image) => {
+    const pen = h("canvas", { width, height }).getContext("2d", { willReadFrequently: true });
+    pen.drawImage(image, 0, 0, width, height);
+    return pen.getImageData(0, 0, width, height).data;
+  });
+  const total = new Array(rows * columns).fill(0), count = [...total];
+  for (let i = 0; i < width * height; i++) {
+    const at = Math.floor(Math.floor(i / width) * rows / height) * columns + Math.floor(i % width * columns / width);
+    for (let c = 4 * i; c < 4 * i + 3; c++) { total[at] += 4 * ((p[c] - q[c]) / 255) ** 2; count[at]++; }
+  }
+  return total.map((value, at) => value / count[at]);
+}
+function drawCredit() {
+  const grid = film.grids.at(-1), maps = h("div", { class: "scales maps" }), picks = h("div", { class: "row" });
+  let turn = 0;
+  view.listeners.push(async (shot, prompt) => {
+    const mine = ++turn;
+    if (!shot.draws) { refill(picks); return refill(maps, h("div", { class: "absent" }, "No draws were recorded for this picture.")); }
+    const at = chosen(shot), draw = shot.draws[at], weight = weightsOf(shot).at(-1);
+    refill(picks, h("span", { class: "small soft" }, `${nameOf(prompt)}, step ${film.steps[view.step]}, draw`), shot.draws.map((each, i) => h("button", {
+      id: `pick-${i}`, "aria-pressed": String(i === at), title: drawName(each), onclick: () => choose(i, `pick-${i}`) }, `${each.number + 1}${each.mark ? ` ${each.mark}` : ""}`)));
+    const errors = await Promise.all(shot.draws.map((each) => squaredError(prompt.real, each.picture, grid)));
+    if (mine !== turn) return null;
+    const card = (title, says, shown) => h("div", { class: "card scale" }, h("h3", {}, title), shown, h("div", { class: "small soft num" }, says));
+    const topPush = Math.max(...weight) * Math.max(...shot.draws.map((each) => Math.abs(each.advantage)));
+    return refill(maps,
+      card("real", nameOf(prompt), picture(prompt.real, "the real picture")),
+      card(drawName(draw), `reward ${format(draw.reward)}`, picture(draw.picture, drawName(draw))),
+      card("difference", `squared: mean ${format(sum(errors[at]) / errors[at].length)}, most ${format(Math.max(...errors[at]))}`, heat(draw.picture, grid, errors[at], Math.max(...errors.flat()), () => "var(--weight)")),
+      card("push", `advantage ${signed(draw.advantage)}`, heat(draw.picture, grid, weight.map((w) => w * draw.advantage), topPush, pushColour)));
+  });
+  const key = h("div", { class: "small soft row" }, h("span", {}, "less likely", h("span", { class: "key push" }), "more likely"), h("span", {}, "as the real one", h("span", { class: "key weight" }), "far from it"));
+  return section("credit", "Who got the credit", "Where a draw differs from the real picture, token by token (of the pictures as shown, pixels in [−1, 1]), and how hard the update pushed its tokens. A draw has one advantage, so what is right in it is pushed as hard as what is wrong. Colours are comparable between the draws of a picture.",
+    h("div", { class: "row spread" }, picks, key), maps);
+}
 function credit() {
   if (!film || !film.panw_weights) return null;
+  if (hasDraws) return drawCredit();
+  if (saysNothing()) return null;
+  const many = film.grids.length > 1, panw = many && film.panw_alpha !== 0;
   const scales = h("div", { class: "scales" }), note = h("p", { class: "small soft" });
   let shared = false;
   const draw = (shot, prompt) => {
-    note.textContent = `${prompt.text}, step ${film.steps[view.step]}.`;
+    note.textContent = `${nameOf(prompt)}, step ${film.steps[view.step]}.`;
     if (!shot.advantage.length) return scales.replaceChildren(h("div", { class: "absent" }, "No advantages were recorded for this picture."));
     const weight = weightsOf(shot), push = weight.map((row, k) => row.map((w, i) => w * (shot.advantage[k][i] ?? 0)));
     const peak = (row) => Math.max(0, ...row.map(Math.abs)), total = sum(push.flat().map(Math.abs)) || 1;
@@ -297,17 +393,17 @@ function credit() {
       const share = sum(push[k].map(Math.abs)) / total;
       return h("div", { class: `card scale ${side}` },
         h("div", { class: "row spread" }, h("h3", {}, `${rows} × ${columns}`), h("span", { class: "small soft" }, prefixed ? side : "")),
-        h("figure", {}, h("figcaption", {}, "weight = PANW × mask"), heat(shot.picture, [rows, columns], weight[k], shared ? topWeight : peak(weight[k]), () => "var(--weight)")),
-        h("figure", {}, h("figcaption", {}, "push = weight × advantage"), heat(shot.picture, [rows, columns], push[k], shared ? topPush : peak(push[k]), (v) => (v > 0 ? "var(--plus)" : "var(--minus)"))),
-        h("div", { class: "small soft num" }, `${(100 * share).toFixed(0)} % of all push`));
+        h("figure", {}, h("figcaption", {}, panw ? "weight = PANW × mask" : "weight = mask"), heat(shot.picture, [rows, columns], weight[k], shared ? topWeight : peak(weight[k]), () => "var(--weight)")),
+        h("figure", {}, h("figcaption", {}, "push = weight × advantage"), heat(shot.picture, [rows, columns], push[k], shared ? topPush : peak(push[k]), pushColour)),
+        many && h("div", { class: "small soft num" }, `${(100 * share).toFixed(0)} % of all push`));
     }));
     return null;
   };
   view.listeners.push(draw);
   const own = h("button", { "aria-pressed": "false", onclick: () => { shared = !shared; own.setAttribute("aria-pressed", String(shared)); draw(film.frames[view.step][view.prompt], film.prompts[view.prompt]); } }, "one colour range for all scales");
-  const key = h("div", { class: "small soft row" }, h("span", {}, "less likely", h("span", { class: "key push" }), "more likely"), h("span", {}, "no weight", h("span", { class: "key weight" }), "most"), own);
-  return section("credit", "Who got the credit", "Which tokens of the chosen picture the update pushed, scale by scale, over the picture itself. It follows the slider and the prompt above.",
-    panwBars(), h("div", { class: "row spread" }, note, key), scales);
+  const key = h("div", { class: "small soft row" }, h("span", {}, "less likely", h("span", { class: "key push" }), "more likely"), h("span", {}, "no weight", h("span", { class: "key weight" }), "most"), many && own);
+  return section("credit", "Who got the credit", `Which tokens of the chosen picture the update pushed, ${many ? "scale by scale, " : ""}over the picture itself. It follows the slider and the prompt above.`,
+    panw && panwBars(), h("div", { class: "row spread" }, note, key), scales);
 }
 
 /* ---- curves ---- */

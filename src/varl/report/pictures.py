@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,24 @@ SMALL = 12_000
 SIDE = 320
 GALLERY_BYTES = 800_000
 FILM_BYTES = 1_300_000
+DRAW_SMALL, DRAW_SIDE = 3_000, 128
+"""The same two limits for a real picture and its draws, of which a page holds many."""
+MOST_DRAWS = 12
+"""Draws shown of one prompt at one step: the first ones, the best and the worst always among them."""
+DRAWS_BYTES = 1_200_000
+"""On top of `FILM_BYTES`, in a run that shows its draws."""
 
 
-def data_uri(file: Path) -> str:
-    """Empty where there is no such file."""
+def data_uri(file: Path, small: int = SMALL, side: int = SIDE) -> str:
+    """A picture of at most `small` bytes as it is, a larger one as JPEG of at most `side` pixels. Empty where there is no such file."""
     if not file.is_file():
         return ""
     content, kind = file.read_bytes(), "png"
-    if len(content) > SMALL:
+    if len(content) > small:
         with Image.open(io.BytesIO(content)) as picture:
-            small, kind = picture.convert("RGB"), "jpeg"
-        small.thumbnail((SIDE, SIDE))
-        small.save(buffer := io.BytesIO(), "JPEG", quality=80)
+            reduced, kind = picture.convert("RGB"), "jpeg"
+        reduced.thumbnail((side, side))
+        reduced.save(buffer := io.BytesIO(), "JPEG", quality=80)
         content = buffer.getvalue()
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
@@ -38,6 +45,10 @@ def size(part: Any) -> int:
 def short(value: float | int) -> float:
     """Three significant digits: a colour needs no more."""
     return float(f"{value:.3g}")
+
+
+def short_or_none(value: float | int | None) -> float | None:
+    return None if value is None else short(value)
 
 
 def gallery(run: Path) -> dict[str, Any] | None:
@@ -56,17 +67,26 @@ def gallery(run: Path) -> dict[str, Any] | None:
 
 
 def film(run: Path) -> dict[str, Any] | None:
-    """pictures/index.json with "frames" [step][prompt] and "left_out", the number of steps thinned out to keep to the budget."""
+    """pictures/index.json with "frames" [step][prompt] and "left_out", the number of steps thinned out to keep to the budget.
+
+    In a run that shows its draws each prompt has the "real" picture that they are held against, once for all steps."""
     index = read_json(run / "pictures/index.json")
     if not index or not index.get("steps"):
         return None
-    frames = {step: frame(run / f"pictures/step-{step:06d}", len(index["prompts"])) for step in index["steps"]}
-    kept = thin(index["steps"], {step: size(shots) for step, shots in frames.items()}, FILM_BYTES)
+    prompts = index["prompts"]
+    frames = {step: frame(run / f"pictures/step-{step:06d}", len(prompts)) for step in index["steps"]}
+    budget = FILM_BYTES
+    if any("draws" in shot for shots in frames.values() for shot in shots):
+        last = run / f"pictures/step-{index['steps'][-1]:06d}"
+        real = [data_uri(last / f"{number:02d}-real.png", DRAW_SMALL, DRAW_SIDE) for number in range(len(prompts))]
+        index["prompts"] = [prompt | {"real": uri} for prompt, uri in zip(prompts, real, strict=True)]
+        budget += DRAWS_BYTES
+    kept = thin(index["steps"], {step: size(shots) for step, shots in frames.items()}, budget)
     return index | {"steps": kept, "frames": [frames[step] for step in kept], "left_out": len(index["steps"]) - len(kept)}
 
 
 def frame(folder: Path, prompts: int) -> list[dict[str, Any]]:
-    """What each fixed prompt looked like at one step, how it was read, and what was learned from it."""
+    """What each fixed prompt looked like at one step, how it was read, what was learned from it, and its draws if it has any."""
     read = read_json(folder / "read.json") or [{}] * prompts
     return [
         {
@@ -75,9 +95,41 @@ def frame(folder: Path, prompts: int) -> list[dict[str, Any]]:
             "found": read[number].get("found") or [],
             "mask": ["".join(str(int(cell)) for cell in cells) for cells in read[number].get("mask") or []],
             "advantage": [[short(cell) for cell in cells] for cells in read[number].get("advantage") or []],
+            **(draws(folder, number, read[number]["draws"]) if read[number].get("draws") else {}),
         }
         for number in range(prompts)
     ]
+
+
+def draws(folder: Path, number: int, told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """{"draws", "draws_left_out", "draws_reward"}: of one prompt at one step, at most MOST_DRAWS draws in their order, each with its "mark"
+    (best, worst or none); and the mean reward of all. Each draw has one advantage, so there is none per token."""
+    judged = [(draw["reward"], place) for place, draw in enumerate(told) if draw["reward"] is not None]
+    marks = {min(judged)[1]: "worst", max(judged)[1]: "best"} if len({reward for reward, _ in judged}) > 1 else {}
+    shown = sorted(sorted(range(len(told)), key=lambda place: (place not in marks, place))[:MOST_DRAWS])
+    return {
+        "advantage": [],
+        "draws": [
+            {
+                "number": place,
+                "mark": marks.get(place),
+                "picture": data_uri(folder / f"{number:02d}-{place}.png", DRAW_SMALL, DRAW_SIDE),
+                "reward": short_or_none(told[place]["reward"]),
+                "parts": {name: short_or_none(part) for name, part in telling(told[place]["parts"]).items()},
+                "advantage": short(told[place]["advantage"]),
+            }
+            for place in shown
+        ],
+        "draws_left_out": len(told) - len(shown),
+        "draws_reward": short(sum(reward for reward, _ in judged) / len(judged)) if judged else None,
+    }
+
+
+def telling(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """{"rebuild": -3, "rebuild/mse": 1, "rebuild/look": 2} gives {"mse": 1, "look": 2}: a name under which lie all the others is the reward
+    itself. The parts of several rewards keep their full names."""
+    whole = next((name for name in parts if all(other.startswith(f"{name}/") for other in parts if other != name)), None)
+    return {name.removeprefix(f"{whole}/"): part for name, part in parts.items() if name != whole}
 
 
 def thin(steps: list[int], cost: dict[int, int], budget: int) -> list[int]:

@@ -9,8 +9,10 @@ from typing import Any, TypeGuard
 
 from varl.report.data import Run, numbers
 
-HEADLINES = ("word_accuracy", "exact", "ned", "reward")
+HEADLINES = ("word_accuracy", "exact", "ned", "fd", "reward")
 """The first of these that was measured before and after is the page's one-line result."""
+DISTANCES = ("fd", "fid", "kid", "mse", "perceptual", "lpips", "nll")
+"""Measures that are better the lower they are."""
 SMOOTH = 10
 """Steps at either end of the run whose mean stands for the reward there, if nothing better was measured."""
 
@@ -95,22 +97,27 @@ def facts(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def headline(run: Run) -> dict[str, Any] | None:
-    """What the run changed: {"metric", "before", "after", "source"}. From the summary, else the evaluations, else the reward."""
+    """What the run changed: {"metric", "lower_is_better", "before", "after", "source"}. From the summary, else the evaluations, else the
+    reward."""
     tree = nested(run.summary)
     before, after = tree.get("before"), tree.get("after")
     if is_row(before) and is_row(after):
         ends = measures(before), measures(after)
         shared = [key for key in (*HEADLINES, *ends[0]) if all(isinstance(end.get(key), dict) for end in ends)]
         if shared:
-            return {"metric": shared[0], "before": ends[0][shared[0]], "after": ends[1][shared[0]], "source": "held-out evaluation"}
+            return change(shared[0], ends[0][shared[0]], ends[1][shared[0]], "held-out evaluation")
     for name in (*(f"eval/{key}" for key in HEADLINES), "reward"):
         curve = numbers(run.columns.get(name, []))
         if len(curve) >= 2:
             width = min(SMOOTH, len(curve) // 2) if name == "reward" else 1
             first, last = sum(curve[:width]) / width, sum(curve[-width:]) / width
             source = f"mean reward of the first and the last {width} steps" if name == "reward" else "first and last evaluation in training"
-            return {"metric": name.removeprefix("eval/"), "before": measure(first), "after": measure(last), "source": source}
+            return change(name.removeprefix("eval/"), measure(first), measure(last), source)
     return None
+
+
+def change(metric: str, before: Any, after: Any, source: str) -> dict[str, Any]:
+    return {"metric": metric, "lower_is_better": metric in DISTANCES, "before": before, "after": after, "source": source}
 
 
 def probe(content: Mapping[str, Any]) -> dict[str, Any]:
