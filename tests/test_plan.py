@@ -2,37 +2,53 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from tiny import TINY, save_tiny, word_file
+from tabular import InstantJudge, brightness
+from tiny import TINY, WIDE_RASTER, save_tiny, word_file, write_pictures
+from varl.build import PromptSets, build_algorithm, build_prompts, new_policy
+from varl.checkpoints import model as model_folder
+from varl.checkpoints.llamagen import released
 from varl.checkpoints.model import fresh
 from varl.config import (
+    CaptionConfig,
+    ClassifierConfig,
     EvalConfig,
     FolderConfig,
+    GlyphsConfig,
     GRPOConfig,
     LawConfig,
     MiddleStep,
     OCRConfig,
     OptimConfig,
+    PicturesConfig,
     PretrainConfig,
     PythonRewardConfig,
+    ReconstructionConfig,
     RunConfig,
     TrainConfig,
+    VAPIConfig,
     VARRLConfig,
     WeightedReward,
     WordsConfig,
 )
 from varl.data.folder import write_folder
 from varl.plan import format_plan, plan
-from varl.plan.cost import matmul_speed, optimizer_bytes
-from varl.plan.families import autoencoder_cost, cost, decoder_cost, family_of, without_memory
+from varl.plan.cost import IN_CONTEXT, contexts_of, matmul_speed, optimizer_bytes, run_updates
+from varl.plan.families import autoencoder_cost, cost, decoder_cost, encoder_cost, family_of
 from varl.plan.words import in_bytes, in_time
+from varl.policies.raster import RasterPolicy
+from varl.rng import Stream
 from varl.train.optim import build_optimizer
 from varl.types import Prompt, Region
 
 TOKENS, PREFIX = 11, 3
 """Of the tiny model, and of its first two scales."""
 TOY = {"bright": WeightedReward(reward=PythonRewardConfig(target="varl.rewards.toy:brightness"))}
+MSE = {"mse": WeightedReward(reward=ReconstructionConfig(lpips_weight=0.0))}
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +128,7 @@ def test_guidance_draws_twice_and_iterations_train_again(config):
 def test_operations_of_a_forward_pass_by_hand():
     """Two operations for each multiplication: matrices of a token, attention of scale t over all up to t, matrices of a row."""
     config = replace(TINY, text=None, num_classes=3)
-    family = family_of(without_memory(config))
+    family = family_of(config)
     d, hidden, vocab, channels = 32, 128, 16, 4
     token = 4 * d * d + 2 * d * hidden + d * vocab
     attention = 2 * d * (1 * 1 + 2 * 3 + 8 * 11)
@@ -122,7 +138,7 @@ def test_operations_of_a_forward_pass_by_hand():
 
 
 def test_operations_of_the_tokenizer_are_those_of_its_convolutions():
-    family = family_of(without_memory(TINY))
+    family = family_of(TINY)
     assert decoder_cost(family).flops < autoencoder_cost(family).flops
     convolution = nn.Conv2d(3, 5, 3, padding=1, device="meta")
     assert cost(lambda: convolution(torch.empty(1, 3, 4, 6)), convolution).flops == 2 * 5 * 4 * 6 * 3 * 9
@@ -135,7 +151,7 @@ def test_what_autograd_keeps_by_hand():
 
 
 def test_activations_grow_with_the_scales():
-    family = family_of(without_memory(TINY))
+    family = family_of(TINY)
     assert family.forward(2).saved < family.forward(3).saved
 
 
@@ -160,7 +176,7 @@ def test_memory_by_hand(config):
     assert [found.memory[part] for part in ("weights", "gradients", "reference", "moving average")] == [weights] * 4
     assert found.memory["optimizer"] == 2 * weights
     assert found.memory["logits"] == 3 * 4 * (4 * TOKENS * 16)
-    assert found.memory["activations"] == 4 * family_of(without_memory(TINY)).forward(3).saved
+    assert found.memory["activations"] == 4 * family_of(TINY).forward(3).saved
     plain = plan(config, calibrate=False).memory
     assert not {"reference", "moving average"} & plain.keys()
     half = plan(replace(config, train=replace(config.train, dtype="bfloat16")), calibrate=False).memory
@@ -303,6 +319,280 @@ def test_other_doubts(config):
     assert "differ" in plan(replace(config, sample_law=LawConfig(top_k=2)), calibrate=False).warnings[0]
     assert "16, 48" in plan(replace(config, data=replace(config.data, image_size=(16, 48))), calibrate=False).warnings[0]
     assert "eval.samples=128" in plan(replace(config, eval=replace(config.eval, every=1)), calibrate=False).warnings[0]
+
+
+# ---- the raster family ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """VA-pi with P = 3 and G = 3, two pictures in a chunk: 12 rows of 4 for each picture, in two chunks."""
+    folder = tmp_path_factory.mktemp("real")
+    return RunConfig(
+        model=str(save_tiny(folder / "base", WIDE_RASTER)),
+        data=PicturesConfig(path=str(write_pictures(folder / "pictures")), image_size=(16, 32)),
+        rewards=MSE,
+        algorithm=VAPIConfig(grpo=GRPOConfig(num_generations=3, rollouts_per_chunk=6)),
+        train=TrainConfig(steps=5, prompts_per_step=3, rollouts_per_backward=8, save_every=2, device="cpu"),
+    )
+
+
+def built(config) -> tuple[RasterPolicy, PromptSets]:
+    policy = new_policy(model_folder.load(config.model), sample_law=config.sample_law, score_law=config.score_law)
+    assert isinstance(policy, RasterPolicy)
+    return policy, build_prompts(config.data, 0, 2)
+
+
+def counted(fn) -> int:
+    """Operations while `fn` runs, attention written out, as it is on the meta device."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        fn()
+    return counter.get_total_flops()
+
+
+def test_va_pi_by_hand(real):
+    """A step is 3 pictures, 9 draws of 8 tokens; one training pass for each picture."""
+    step = updates(real)[IN_CONTEXT]
+    assert (step.count, step.judged, step.drawn, step.trained) == (5, 9, 9 * 8, 3 * 8)
+    whole = family_of(WIDE_RASTER).forward(8).flops
+    assert (step.flops["rollout"], step.flops["train"]) == (3 * whole, 3 * 3 * whole)
+    guided = updates(real, sample_law=LawConfig(cfg_scale=(2.0,)), score_law=LawConfig(cfg_scale=(2.0,)))[IN_CONTEXT]
+    assert (guided.flops["rollout"], guided.flops["train"]) == (2 * 3 * whole, 2 * 3 * 3 * whole)
+    near = replace(real.algorithm, grpo=replace(real.algorithm.grpo, beta=0.1, num_iterations=2))
+    assert updates(real, algorithm=near)[IN_CONTEXT].flops["train"] == 2 * 4 * 3 * whole
+
+
+@pytest.mark.parametrize("cut", [8, 3, 1])
+def test_operations_of_a_va_pi_step_are_those_of_a_real_one(real, cut):
+    """Also where micro-batches of 3 rows, or 1, cut pictures of 4 rows apart."""
+    config = replace(real, train=replace(real.train, rollouts_per_backward=cut))
+    policy, prompts = built(config)
+    algorithm = build_algorithm(config.algorithm, policy, prompts.pictures)
+
+    def step() -> None:
+        judge, rng = InstantJudge(brightness), Stream(seed=0, rows=(0, 1, 2))
+        for piece in algorithm.collect(policy, prompts.train[::2], judge, rng, 0):
+            for part in piece.split(cut):
+                (-algorithm.objective(policy, part)[0]).backward()
+
+    assert counted(step) == sum(updates(config)[IN_CONTEXT].flops.values())
+
+
+def test_pictures_that_micro_batches_cut_apart(real):
+    """Chunks of 2 and 1 pictures, 4 rows each: in pieces of 3, rows 0-2 3-5 6-7 and 0-2 3."""
+    for most, held in ((8, [[2], [1]]), (4, [[1, 1], [1]]), (3, [[1, 2, 1], [1, 1]]), (1, [[1] * 8, [1] * 4])):
+        config = replace(real, train=replace(real.train, rollouts_per_backward=most))
+        assert contexts_of(config, real.algorithm) == held
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_operations_of_free_drawing_are_those_of_real_drawing(real, guidance):
+    """The class is read once for its group; every further token sees one more."""
+    law = LawConfig(cfg_scale=(guidance,))
+    algorithm = VARRLConfig(grpo=GRPOConfig(num_generations=4), middle_step=MiddleStep(index=3), num_continuations=2)
+    config = replace(real, rewards=TOY, algorithm=algorithm, sample_law=law, score_law=law, train=replace(real.train, prompts_per_step=1))
+    policy, prompts = built(config)
+    rng, group = Stream(seed=0, rows=(0, 1, 2, 3)), [prompts.train[0]] * 4
+    step = updates(config)
+    prefix = policy.prefix(group, rng, steps=3)
+    to_middle = counted(lambda: policy.prefix(group, rng, steps=3))
+    assert to_middle + counted(lambda: policy.complete(prefix, rng.repeat(2))) == step["prefix"].flops["rollout"]
+    whole = updates(replace(config, algorithm=algorithm.grpo))["whole pictures"]
+    assert counted(lambda: policy.rollout(group, rng)) == whole.flops["rollout"]
+    assert step["prefix"].trained == 4 * 3
+    assert (step["prefix"].drawn, whole.drawn) == (4 * 3 + 8 * 5, 4 * 8)
+
+
+def test_operations_of_a_raster_pass_by_hand():
+    """Two for each multiplication: matrices of a token, and attention written out over all pairs of tokens."""
+    d, hidden, vocab, tokens = 32, 48, 16, 8
+    token = 4 * d * d + 3 * d * hidden + d * vocab
+    assert family_of(WIDE_RASTER).forward(8).flops == 2 * tokens * (token + 2 * d * tokens)
+
+
+def test_encoding_looks_for_each_tokens_code():
+    family = family_of(WIDE_RASTER)
+    pixels = cost(lambda: family.tokenizer.features(torch.empty(1, 3, 16, 32)), family.tokenizer).flops
+    assert encoder_cost(family).flops == pixels + 2 * 8 * 4 * 16
+
+
+@pytest.mark.parametrize(("size", "forward"), [("B", 0.125), ("XXL", 1.692)])
+def test_operations_of_the_released_sizes(real, size, forward):
+    """As counted on the authors' code at 384 pixels, in 10^12: a step of 16 pictures and 8 draws of each."""
+    family = family_of(released(size, image_size=384))
+    algorithm = VAPIConfig(grpo=GRPOConfig(num_generations=8))
+    step = replace(real, algorithm=algorithm, train=replace(real.train, prompts_per_step=16, rollouts_per_backward=72))
+    (update,) = run_updates(step, family, None)
+    want = {"encode": 16 * 0.313, "rollout": 16 * forward, "decode": 128 * 0.570, "train": 3 * 16 * forward}
+    assert {phase: flops / 1e12 for phase, flops in update.flops.items()} == pytest.approx(want, rel=5e-3)
+
+
+def test_memory_of_va_pi_by_hand(real):
+    """Two pictures at most in a micro-batch, so 2 rows of activations and logits. The next chunk is drawn meanwhile, without a cache."""
+    found = plan(real, calibrate=False).memory
+    assert found["activations"] == 2 * family_of(WIDE_RASTER).forward(8).saved
+    assert found["logits"] == 3 * 4 * (2 * 8 * 16)
+    assert found["drawing"] == 4 * 4 * (2 * 8 * 16)
+    assert "key-value cache" not in found
+    free = plan(replace(real, rewards=TOY, algorithm=GRPOConfig(num_generations=3, rollouts_per_chunk=3)), calibrate=False).memory
+    assert free["key-value cache"] == 2 * WIDE_RASTER.depth * WIDE_RASTER.width * 8 * 3 * 4
+    model, _ = fresh(WIDE_RASTER)
+    assert found["weights"] == 4 * sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_optimizer_bytes_of_a_raster_model(name):
+    model, _ = fresh(WIDE_RASTER)
+    optimizer = build_optimizer(model, OptimConfig(name=name))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    kept = [tensor for state in optimizer.state.values() for key, tensor in state.items() if key != "step"]
+    assert optimizer_bytes(family_of(WIDE_RASTER).model, OptimConfig(name=name)) == sum(tensor.numel() * 4 for tensor in kept)
+
+
+def test_a_raster_plan_in_words(real):
+    text = format_plan(plan(real, calibrate=False))
+    for part in (
+        "picture     8 tokens, 2x4\n",
+        "5 x draws in the context of a picture: 9 pictures judged, 72 tokens drawn, 24 tokens trained on; operations: encode ",
+        "mse: reconstruction, MSE\n",
+        "nothing is missing",
+    ):
+        assert part in text
+    assert "scale" not in text
+    for m, said in ((2, "the first 2 tokens are 25.0% of the picture"), (8, "all 8 tokens: whole pictures are trained on")):
+        algorithm = VARRLConfig(grpo=GRPOConfig(num_generations=4), middle_step=MiddleStep(index=m), suffix_updates=0)
+        assert said in format_plan(plan(replace(real, rewards=TOY, algorithm=algorithm), calibrate=False))
+
+
+def test_pretraining_of_a_raster_model(real):
+    base = PretrainConfig(model=WIDE_RASTER, data=real.data, tokenizer_steps=5, tokenizer_batch=3, steps=7, batch=2)
+    assert plan(real, calibrate=False).problems == ()
+    found = plan(base, calibrate=False)
+    assert found.problems == ()
+    assert [(u.name, u.count, u.trained) for u in found.updates] == [("tokenizer", 5, 3 * 8), ("transformer", 7, 2 * 8)]
+    assert found.updates[1].flops["train"] == 3 * 2 * family_of(WIDE_RASTER).forward(8).flops
+    _, tokenizer = fresh(WIDE_RASTER)
+    saved = cost(lambda: tokenizer.render(tokenizer.features(torch.empty(1, 3, 16, 32))), tokenizer.to("meta")).saved
+    assert plan(replace(base, tokenizer_batch=9), calibrate=False).memory["activations"] == 9 * saved, (
+        "a run's tokenizer is frozen, not this"
+    )
+    assert plan(replace(base, init=real.model), calibrate=False).problems == ()
+    (problem,) = plan(replace(base, data=replace(real.data, image_size=(32, 32))), calibrate=False).problems
+    assert problem.startswith("data.image_size=(32, 32), but the model's grids and stride make (16, 32) pixels.")
+
+
+def test_data_of_a_classifier(real):
+    small = ClassifierConfig(num_classes=2, image_size=(16, 16), widths=(8,))
+    size, label = plan(PretrainConfig(model=small, data=real.data), calibrate=False).problems[::-1]
+    assert size.startswith("data.image_size=(16, 32), but the model sees (16, 16) pixels. Make them equal.")
+    assert label == "prompt label 2: the model knows classes 0 to 1. Give one of them."
+
+
+# ---- what VA-pi lacks -------------------------------------------------------------------------------------------------------------------
+
+
+def lacks(config, **changes):
+    return plan(replace(config, **changes), calibrate=False).problems
+
+
+def test_va_pi_needs_real_pictures_and_a_model_that_reads_them(config, real):
+    words = replace(config.data, image_size=(16, 32))
+    reward, method = lacks(real, data=FolderConfig(path=real.data.path, heldout=None))[1:]
+    assert reward.startswith("reconstruction compares with real pictures, and this data has none.")
+    assert method.startswith("va_pi compares with real pictures, and this data has none.")
+    (problem,) = lacks(config, algorithm=real.algorithm, data=words)
+    assert problem.startswith("va_pi reads real pictures; NextScalePolicy cannot. Use a raster model or GRPOConfig().")
+
+
+def test_a_perceptual_distance_needs_a_network(real):
+    (problem,) = lacks(real, rewards={"like": WeightedReward(reward=ReconstructionConfig())})
+    assert problem.startswith("reconstruction.lpips_weight=1.0: there is no network to look with.")
+
+
+def test_pictures_that_are_not_there_are_named_and_nothing_else(real, tmp_path):
+    (problem,) = lacks(real, data=replace(real.data, path="nowhere"))
+    assert problem.startswith("pictures.path='nowhere': there is no such folder.")
+    both = lacks(real, data=replace(real.data, path=str(tmp_path), heldout="nowhere"))
+    assert "holds no picture" in both[0]
+    assert both[1].startswith("pictures.path='nowhere'")
+    (tmp_path / "prompts.jsonl").write_text('{"label": 0, "image": "gone.png"}\n')
+    (problem,) = lacks(real, data=replace(real.data, path=str(tmp_path)))
+    assert "prompts.jsonl:1: image 'gone.png': there is no file" in problem
+
+
+def test_broken_pictures_are_found_by_looking(real, tmp_path):
+    folder = write_pictures(tmp_path / "pictures")
+    (folder / "a" / "1.png").write_bytes(b"not a picture")
+    Image.fromarray(torch.zeros(16, 32, dtype=torch.int32).numpy()).save(folder / "c" / "0.tiff")
+    broken, deep = lacks(real, data=replace(real.data, path=str(folder)))
+    assert "a/1.png: cannot be read" in broken
+    assert "c/0.tiff: has mode I, more than 8 bits for each colour. Save it with 8 bits" in deep
+
+
+def test_labels_that_the_model_does_not_know(real, tmp_path):
+    folder = write_pictures(tmp_path / "four", classes=4)
+    (problem,) = lacks(real, data=replace(real.data, path=str(folder)))
+    assert problem == "prompt label 3: the model knows classes 0 to 2. Give one of them."
+    (problem,) = lacks(real, data=replace(real.data, heldout=str(folder)))
+    assert problem == "prompt label 3: the model knows classes 0 to 2. Give one of them."
+    (problem,) = lacks(real, data=replace(real.data, path=str(folder / "a")))
+    assert problem.startswith("2 of 2 prompts have no label: this model draws classes 0 to 2")
+
+
+def test_classes_for_a_model_that_reads_captions(real, tmp_path):
+    captions = replace(WIDE_RASTER, num_classes=None, captions=CaptionConfig(tokens=4, width=6))
+    write_folder(tmp_path, torch.zeros(1, 3, 16, 32, dtype=torch.uint8), [Prompt(label=1)])
+    found = lacks(real, model=str(save_tiny(tmp_path / "base", captions)), data=replace(real.data, path=str(tmp_path)))
+    assert "prompt label 1: this model reads text and knows no classes. Give the prompt a text." in found
+
+
+def test_pictures_of_another_size_than_the_models(real):
+    (problem,) = lacks(real, data=replace(real.data, image_size=(24, 24)))
+    assert problem.startswith("data.image_size=(24, 24), but the model's grids and stride make (16, 32) pixels. Make them equal.")
+
+
+def test_evaluation_needs_other_pictures(real):
+    (problem,) = lacks(real, eval=EvalConfig(every=5))
+    assert problem.startswith("eval.every=5, but the data holds no prompts for evaluation. Set data.heldout")
+    held = plan(replace(real, data=replace(real.data, heldout=real.data.path), eval=EvalConfig(every=5, samples=9)), calibrate=False)
+    assert held.problems == ()
+    assert held.warnings[0] == "eval.samples=9, but there are 6 held-out prompts or words: there are no more samples."
+
+
+def test_letters(real):
+    data = GlyphsConfig(image_size=(16, 32), fonts=("matplotlib",), letters="ABC", shares=(1.0, 0.0, 0.0, 1.0))
+    assert lacks(real, data=data, eval=EvalConfig(every=1)) == ()
+    (problem,) = lacks(real, data=replace(data, letters="ABCD"))
+    assert problem == "prompt label 3: the model knows classes 0 to 2. Give one of them."
+    absent, few = (lacks(real, data=replace(data, **change)) for change in ({"fonts": ("no_fonts",)}, {"shares": (1.0, 0.0, 0.0, 0.0)}))
+    assert len(absent) == 1
+    assert absent[0].startswith("glyphs.fonts: no_fonts: no such package, folder or file. Run `pip install no-fonts`, or set glyphs.fonts")
+    assert few == ("glyphs.shares=(1.0, 0.0, 0.0, 0.0): no font family is in 'heldout'. Give it a share.",)
+    (problem,) = lacks(real, data=replace(data, palettes=("mud",)))
+    assert problem.startswith("palette 'mud': unknown. Known: ink")
+
+
+def test_letters_that_ocr_cannot_be_asked_for(real, monkeypatch):
+    monkeypatch.setattr("varl.plan.missing.open_engine", lambda engine: None)
+    (problem,) = lacks(real, rewards={"ocr": WeightedReward(reward=OCRConfig(engine="rapidocr"))})
+    assert "6 of 6 prompts (the first: 'a') have no text region" in problem
+
+
+def test_doubts_about_va_pi(real):
+    def said(most: int) -> tuple[str, ...]:
+        return plan(replace(real, train=replace(real.train, rollouts_per_backward=most)), calibrate=False).warnings
+
+    assert said(4) == said(8) == said(12) == ()
+    assert said(9) == ()  # the chunk has only 8
+    (warning,) = said(3)
+    assert warning.startswith(
+        "train.rollouts_per_backward=3 cuts pictures apart, each of which has 4 rows, its draws and its own tokens: 6 "
+    )
+    assert warning.endswith("training passes in a step for 3 pictures. Set a multiple of 4.")
+    (warning,) = said(13)
+    assert warning == "train.rollouts_per_backward=13 is more than the 12 rows (draws and own tokens) of a step: a step is one piece."
 
 
 # ---- pre-training, and words ------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.model import fresh
@@ -31,6 +32,17 @@ TINY_RASTER = RasterConfig(
 )
 """9 tokens, 12x12 pixels, 5 classes."""
 
+WIDE_RASTER = RasterConfig(
+    depth=1,
+    width=32,
+    heads=2,
+    grid=(2, 4),
+    mlp_width=48,
+    num_classes=3,
+    tokenizer=VQConfig(vocab=16, channels=4, latent=8, width=16, multipliers=(1,), blocks=1, attention=False, patch=8),
+)
+"""8 tokens, 16x32 pixels, 3 classes."""
+
 
 def save_tiny(path: Path, config: ModelConfig = TINY) -> Path:
     with torch.random.fork_rng():
@@ -56,6 +68,18 @@ train: {{steps: 4, prompts_per_step: 2, rollouts_per_backward: 4, image_every: 0
 eval: {{samples: 2}}
 {extra}""")
     return file
+
+
+def write_pictures(folder: Path, classes: int = 3, each: int = 2) -> Path:
+    """A folder of noise for each class: a/0.png, a/1.png, b/0.png, ..., of TINY_RASTER's size."""
+    noise = torch.Generator().manual_seed(0)
+    for label in range(classes):
+        place = folder / "abcdefgh"[label]
+        place.mkdir(parents=True)
+        for number in range(each):
+            pixels = torch.randint(256, (16, 32, 3), generator=noise, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(place / f"{number}.png")
+    return folder
 
 
 def word_file(folder: Path) -> Path:

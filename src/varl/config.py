@@ -165,7 +165,7 @@ class RasterConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JanusConfig:
-    """What a policy must know of a Janus-Pro (arXiv 2501.17811). Its folder is `transformers`' own, whose config.json says this and more."""
+    """What a policy must know of a Janus-Pro (arXiv 2501.17811). Its folder is `transformers`' own, whose config.json says this too."""
 
     num_classes: ClassVar[None] = None
     """It reads captions."""

@@ -58,8 +58,8 @@ def _of_run(config: RunConfig, calibrate: bool) -> Plan:
     said = tuple(line for line in rewards if line)
     if model_config is None:
         return Plan(problems=tuple(problems), warnings=tuple(warnings), rewards=said)
-    pair = without_memory(model_config)
-    policy = attempt(problems, new_policy, pair, sample_law=config.sample_law, score_law=config.score_law)
+    family = family_of(model_config)
+    policy = attempt(problems, new_policy, without_memory(model_config), sample_law=config.sample_law, score_law=config.score_law)
     check_prompts(problems, data.prompts, model_config)
     algorithm = None if policy is None else attempt(problems, build_algorithm, config.algorithm, policy, data.pictures)
     m = attempt(problems, algorithm.middle, policy.layout) if policy and isinstance(algorithm, VARRL) else None
@@ -70,7 +70,6 @@ def _of_run(config: RunConfig, calibrate: bool) -> Plan:
         )
     else:
         check_size(problems, config.data, model_config)
-    family = family_of(pair)
     if algorithm is None or (isinstance(algorithm, VARRL) and m is None):
         return Plan(problems=tuple(problems), warnings=tuple(warnings), rewards=said, layout=family.layout)
     updates = run_updates(config, family, m)
@@ -100,7 +99,7 @@ def _of_pretraining(config: PretrainConfig, calibrate: bool) -> Plan:
     check_size(problems, config.data, config.model)
     if isinstance(config.model, ClassifierConfig):
         return Plan(problems=tuple(problems))
-    family = family_of(without_memory(config.model))
+    family = family_of(config.model)
     plan = Plan(
         problems=tuple(problems),
         layout=family.layout,

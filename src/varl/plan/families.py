@@ -1,7 +1,8 @@
-"""What a picture costs in each model family, counted on torch's meta device, where nothing has memory."""
+"""What a picture costs in each model family, counted on torch's meta device, where nothing has memory. What was counted is kept."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any, Protocol, assert_never, runtime_checkable
 
 import torch
@@ -94,11 +95,12 @@ class NextScaleFamily:
         self.model, self.tokenizer = model, tokenizer
         self.layout = Layout(grids=model.config.grids, steps=len(model.config.grids))
         self.positions = model.ends[-1]
+        self.forward = cache(self._forward)
 
     def tokens(self, steps: int) -> int:
         return self.model.ends[steps - 1]
 
-    def forward(self, steps: int) -> Cost:
+    def _forward(self, steps: int) -> Cost:
         model, config = self.model, self.model.config
 
         def run() -> Tensor:
@@ -126,37 +128,40 @@ class RasterFamily:
         self.model, self.tokenizer = model, tokenizer
         self.layout = Layout(grids=(model.config.grid,), steps=model.tokens)
         self.positions = model.prefix + model.tokens - 1
+        self.forward = cache(self._forward)
 
     def tokens(self, steps: int) -> int:
         return steps
 
-    def forward(self, steps: int) -> Cost:
+    def _forward(self, steps: int) -> Cost:
         model = self.model
         return cost(lambda: model.logits(model(self._condition(), torch.ones(1, steps, dtype=torch.long))), model)
 
     def reading(self) -> float:
-        model = self.model
-        return cost(lambda: model.step(condition := self._condition(), None, model.cache(condition, 1)), model).flops
+        return self._step(self._condition, None, 0, self.model.prefix)
 
     def drawing(self, steps: int) -> float:
         """What a step costs grows linearly with the tokens before it, so that all of them cost as many as there are times the mean of the
         first and the last. The first token is drawn from what was read."""
-        model = self.model
+        model, token = self.model, torch.ones(1, dtype=torch.long, device="meta")
         head = cost(lambda: model.logits(torch.empty(1, 1, model.config.width)), model).flops
         if steps == 1:
             return head
-        first, last = (self._step(model.prefix + before) for before in (0, steps - 2))
+
+        def there() -> Condition:
+            return Condition(tokens=torch.empty(1, model.prefix, model.config.width), there=None)
+
+        first, last = (self._step(there, token, model.prefix + before, 1) for before in (0, steps - 2))
         return steps * head + (steps - 1) * (first + last) / 2
 
-    def _step(self, length: int) -> float:
-        """Operations of a token with `length` positions before it, without logits."""
-        model, config = self.model, self.model.config
+    def _step(self, condition: Callable[[], Condition], token: Tensor | None, length: int, new: int) -> float:
+        """Operations of `new` positions with `length` before them, without logits."""
+        model, c = self.model, self.model.config
 
         def run() -> Tensor:
-            cache = KVCache.empty(config.depth, (1, config.heads, length + 1, config.width // config.heads), model.output.weight)
-            cache.length = length
-            condition = Condition(tokens=torch.empty(1, model.prefix, config.width), there=None)
-            return model.step(condition, torch.ones(1, dtype=torch.long), cache)
+            shape = (1, c.heads, length + new, c.width // c.heads)
+            keys, values = ([torch.empty(shape) for _ in range(c.depth)] for _ in range(2))
+            return model.step(condition(), token, KVCache(keys, values, length))
 
         return cost(run, model).flops
 
@@ -171,7 +176,9 @@ def without_memory(config: ModelConfig) -> Pair:
         return fresh(config)
 
 
-def family_of(pair: Pair) -> Family:
+@lru_cache(maxsize=8)
+def family_of(config: ModelConfig) -> Family:
+    pair = without_memory(config)
     match pair:
         case (NextScale() as model, MultiScaleVQ() as tokenizer):
             return NextScaleFamily(model, tokenizer)
@@ -194,12 +201,14 @@ def require_readable(prompts: Sequence[Prompt], config: ModelConfig) -> None:
 # ---- tokenizers, alike in all families --------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=8)
 def decoder_cost(family: Family) -> Cost:
     """From one feature map to pixels."""
     tokenizer, grid = family.tokenizer, family.layout.grids[-1]
     return cost(lambda: tokenizer.render(torch.empty(1, tokenizer.config.channels, *grid)), tokenizer)
 
 
+@lru_cache(maxsize=8)
 def encoder_cost(family: Family) -> Cost:
     """From pixels to the nearest codes, each token's looked for once."""
     tokenizer, c, picture = family.tokenizer, family.tokenizer.config, (1, 3, *family.model.config.image_size)
@@ -210,6 +219,7 @@ def encoder_cost(family: Family) -> Cost:
     return cost(run, tokenizer)
 
 
+@lru_cache(maxsize=8)
 def autoencoder_cost(family: Family) -> Cost:
     """One picture through encoder and decoder."""
     tokenizer, picture = family.tokenizer, (1, 3, *family.model.config.image_size)

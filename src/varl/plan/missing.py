@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar, assert_never
 
-from varl.build import PicturesOf, build_reconstruction, demand_pictures, model_path
+from varl.build import PicturesOf, build_reward, demand_pictures, model_path
 from varl.checkpoints.folder import MANIFEST, load_config, read_part
 from varl.config import (
     ClassifierConfig,
@@ -190,7 +190,7 @@ def judge_of(name: str, config: RewardConfig, pictures: PicturesOf | None) -> st
                     raise ConfigError(f"rewards.{name}: there is no file {file}. Put the released weights there.")
             pictures = demand_pictures("reconstruction", pictures)
             if config.vgg is None:
-                build_reconstruction(config, pictures)
+                build_reward(config, pictures)
             return f"{name}: reconstruction, MSE{'' if config.lpips_weight == 0 else ' and ' + (config.features or 'LPIPS')}"
     assert_never(config)
 

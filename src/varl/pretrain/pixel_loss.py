@@ -1,4 +1,4 @@
-"""VA-pi's baselines (arXiv 2512.19680, appendix C): the pixels of what a raster model says in the context of a real picture, by gradient."""
+"""VA-pi's baselines (arXiv 2512.19680, appendix C): the pixels of what a model says in the context of a real picture, by gradient."""
 
 from typing import Any
 

@@ -18,6 +18,7 @@ from varl.checkpoints.model import Pair
 from varl.config import ClassifierConfig, FolderConfig, PicturesConfig, PretrainConfig
 from varl.errors import ConfigError, NumericsError
 from varl.models.classifier import Classifier
+from varl.models.janus import Janus
 from varl.models.next_scale import NextScale
 from varl.models.raster import Raster
 from varl.policies.raster import CaptionEncoder
@@ -110,6 +111,8 @@ def phases(
             family = NextScaleFamily(model, tokenizer)
         case (Raster() as model, VQ() as tokenizer):
             family = RasterFamily(model, tokenizer, captions)
+        case (Janus(), VQ()):
+            raise ConfigError(f"init={config.init!r}: holds a Janus-Pro, which is not trained on here. Post-train it with `varl train`.")
         case _:
             assert_never(modules)
     if config.pixel_loss is not None and isinstance(family, RasterFamily):
