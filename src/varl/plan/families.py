@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from varl.checkpoints.model import Pair, fresh
-from varl.config import ModelConfig, NextScaleConfig, RasterConfig
-from varl.models.layers import KVCache
+from varl.checkpoints.model import OwnPair, Pair, fresh
+from varl.config import ActingConfig, JanusConfig, ModelConfig, NextScaleConfig, RasterConfig
+from varl.models.janus import Janus
 from varl.models.next_scale import NextScale
 from varl.models.raster import Condition, Raster
 from varl.policies.acting import class_ids, require_text
@@ -21,6 +21,9 @@ from varl.tokenizers.vq import VQ
 from varl.types import Layout, Prompt
 
 Tokenizer = MultiScaleVQ | VQ
+
+JANUS_CAPTION = 64
+"""Tokens of a caption, those of the chat template not counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +60,7 @@ class Family(Protocol):
     """A transformer and its tokenizer on the meta device, and what a plan asks of the transformer."""
 
     @property
-    def model(self) -> NextScale | Raster: ...
+    def model(self) -> NextScale | Raster | Janus: ...
 
     @property
     def tokenizer(self) -> Tokenizer: ...
@@ -120,12 +123,13 @@ class NextScaleFamily:
 
 
 class RasterFamily:
-    """A caption is taken to be as long as the model can read."""
+    """A caption is taken to be as long as the model can read; for a Janus, which can read books, `JANUS_CAPTION`."""
 
-    def __init__(self, model: Raster, tokenizer: VQ) -> None:
+    def __init__(self, model: Raster | Janus, tokenizer: VQ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.layout = Layout(grids=(model.config.grid,), steps=model.tokens)
-        self.positions = model.prefix + model.tokens - 1
+        self.prefix = model.prefix if isinstance(model, Raster) else min(model.empty + JANUS_CAPTION, model.longest)
+        self.positions = self.prefix + model.tokens - 1
 
     def tokens(self, steps: int) -> int:
         return steps
@@ -145,28 +149,29 @@ class RasterFamily:
         head = cost(lambda: model.logits(torch.empty(1, 1, model.config.width)), model).flops
         if steps == 1:
             return head
-        first, last = (self._step(model.prefix + before) for before in (0, steps - 2))
+        first, last = (self._step(self.prefix + before) for before in (0, steps - 2))
         return steps * head + (steps - 1) * (first + last) / 2
 
     def _step(self, length: int) -> float:
         """Operations of a token with `length` positions before it, without logits."""
-        model, config = self.model, self.model.config
+        model = self.model
 
         def run() -> Tensor:
-            cache = KVCache.empty(config.depth, (1, config.heads, length + 1, config.width // config.heads), model.output.weight)
+            condition = Condition(tokens=torch.empty(1, self.prefix, model.config.width), there=None)
+            cache = model.cache(condition, length + 2 - self.prefix)
             cache.length = length
-            condition = Condition(tokens=torch.empty(1, model.prefix, config.width), there=None)
             return model.step(condition, torch.ones(1, dtype=torch.long), cache)
 
         return cost(run, model).flops
 
     def _condition(self) -> Condition:
-        captions = self.model.config.captions
-        given = torch.ones(1, dtype=torch.long) if captions is None else torch.empty(1, captions.tokens, captions.width)
-        return self.model.condition(given)
+        model = self.model
+        if model.config.num_classes is not None:
+            return model.condition(torch.ones(1, dtype=torch.long))
+        return model.condition(model.none(self.prefix)[None])
 
 
-def without_memory(config: ModelConfig) -> Pair:
+def without_memory(config: ModelConfig) -> OwnPair:
     with torch.device("meta"):
         return fresh(config)
 
@@ -175,19 +180,19 @@ def family_of(pair: Pair) -> Family:
     match pair:
         case (NextScale() as model, MultiScaleVQ() as tokenizer):
             return NextScaleFamily(model, tokenizer)
-        case (Raster() as model, VQ() as tokenizer):
+        case (Raster() | Janus() as model, VQ() as tokenizer):
             return RasterFamily(model, tokenizer)
     assert_never(pair)
 
 
-def require_readable(prompts: Sequence[Prompt], config: ModelConfig) -> None:
+def require_readable(prompts: Sequence[Prompt], config: ActingConfig) -> None:
     """DataError for a prompt that the model cannot read. How long a caption is, its encoder alone knows."""
     match config:
         case NextScaleConfig():
             model_ids(prompts, config)
         case RasterConfig(num_classes=int() as classes):
             class_ids(prompts, classes)
-        case RasterConfig():
+        case RasterConfig() | JanusConfig():
             require_text(prompts)
 
 
