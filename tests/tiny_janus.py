@@ -42,7 +42,14 @@ def make_whole(*, tied: bool = False, seed: int = 0) -> Any:
         **words,
     )
     vision = JanusVisionConfig(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=2 * SIDE, patch_size=2, projection_dim=16, depth=2
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=2 * SIDE,
+        patch_size=2,
+        projection_dim=16,
+        depth=2,
+        num_image_tokens=SIDE**2,
     )
     vq = JanusVQVAEConfig(
         embed_dim=4,

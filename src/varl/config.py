@@ -165,11 +165,12 @@ class RasterConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JanusConfig:
-    """What a policy must know of a Janus-Pro (arXiv 2501.17811). Its folder is `transformers`' own, whose config.json says this too."""
+    """What a policy must know of a Janus-Pro (arXiv 2501.17811). Its folder is as `transformers` has it, with all of it in config.json."""
 
     num_classes: ClassVar[None] = None
     """It reads captions."""
     depth: int
+    width: int
     kv_heads: int
     head_width: int
     positions: int
@@ -191,7 +192,9 @@ class JanusConfig:
 
 
 ModelConfig = NextScaleConfig | RasterConfig
-"""Of what a policy acts with."""
+"""Of a model that VARL can make."""
+ActingConfig = ModelConfig | JanusConfig
+"""Of a model that a policy acts with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from torch import nn
 from varl.build import model_path, new_policy
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.folder import load_config
-from varl.config import LawConfig, ModelConfig, NextScaleConfig, OCRConfig, WordsConfig
+from varl.config import ActingConfig, LawConfig, NextScaleConfig, OCRConfig, WordsConfig
 from varl.data.folder import read_folder
 from varl.data.fonts import FACES
 from varl.data.words import PALETTES
@@ -81,7 +81,7 @@ def draw_grid(policy: NextScalePolicy | RasterPolicy, prompts: Sequence[Prompt],
     picture_grid(sample.images, captions).save(out, format="PNG")
 
 
-def words_of(config: ModelConfig) -> WordsConfig:
+def words_of(config: ActingConfig) -> WordsConfig:
     """The words that a model that reads characters can be asked for, with the faces and palettes among its styles."""
     if not isinstance(config, NextScaleConfig) or config.text is None:
         raise ConfigError("this model reads no characters, so there are no words to evaluate it on. Use one that does, or `varl eval fid`.")

@@ -47,14 +47,29 @@ def load(folder: Path) -> tuple[Janus, VQ]:
     try:
         processor = package.JanusProcessor.from_pretrained(folder, local_files_only=True)
         whole, report = package.JanusForConditionalGeneration.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be read as a Janus ({error}). Is it one, and was it copied whole?") from error
-    wrong = {what: sorted(map(str, names)) for what, names in report.items() if names}
+    wrong: dict[str, list[str]] = {what: sorted(map(str, names)) for what, names in report.items() if names}
     if wrong:
         lines = [f"{what.replace('_', ' ')}: {', '.join(names[:8])}" for what, names in wrong.items()]
         raise CheckpointError(f"{folder}: the weights do not fit Janus ({'; '.join(lines)}). Copy or save the folder again.")
+    return pair_of(whole, processor, str(folder))
+
+
+def without_memory(folder: Path) -> tuple[Janus, VQ]:
+    """The model and its tokenizer on the meta device, from the folder's config and processor alone."""
+    package = transformers()
+    try:
+        config = package.JanusConfig.from_pretrained(folder, local_files_only=True)
+        processor = package.JanusProcessor.from_pretrained(folder, local_files_only=True)
+        settings = package.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: cannot be read as a Janus ({error}). Is it one, and was it copied whole?") from error
+    with torch.device("meta"):
+        whole = package.JanusForConditionalGeneration(config)
+    whole.generation_config = settings
     return pair_of(whole, processor, str(folder))
 
 
@@ -85,6 +100,7 @@ def config_of(config: Any, tokenizer: VQConfig, *, bos: int, boi: int, pad: int)
     text, side = config.text_config, config.vq_config.num_patches
     return JanusConfig(
         depth=text.num_hidden_layers,
+        width=text.hidden_size,
         kv_heads=text.num_key_value_heads,
         head_width=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         positions=text.max_position_embeddings,
@@ -130,7 +146,8 @@ def tokenizer_of(whole: Any, where: str) -> VQ:
     named: dict[str, Tensor] = whole.model.vqmodel.state_dict()
     levels = len(whole.config.vq_config.channel_multiplier)
     state = {_llamagen_name(name, levels): tensor for name, tensor in named.items()}
-    vq = VQ(tokenizer_config(shapes_of(state), where))
+    with whole.device:
+        vq = VQ(tokenizer_config(shapes_of(state), where))
     fill_tokenizer(vq, state, where)
     return vq
 

@@ -19,8 +19,10 @@ from varl.settings import classifier_from_yaml, model_from_yaml, model_to_yaml
 from varl.tokenizers.multiscale_vq import MultiScaleVQ
 from varl.tokenizers.vq import VQ
 
-Pair = tuple[NextScale, MultiScaleVQ] | tuple[Raster, VQ] | tuple[Janus, VQ]
-"""A model and the tokenizer that it was trained with."""
+OwnPair = tuple[NextScale, MultiScaleVQ] | tuple[Raster, VQ]
+"""A model that VARL can make, and the tokenizer that it was trained with."""
+Pair = OwnPair | tuple[Janus, VQ]
+"""A model that a policy acts with, and its tokenizer."""
 
 
 def model_path(name: str) -> Path:
@@ -73,7 +75,7 @@ def is_model_folder(path: Path) -> bool:
     return (path / "config.yaml").is_file() or janus.is_janus(path)
 
 
-def unfilled(config: ModelConfig) -> Pair:
+def unfilled(config: ModelConfig) -> OwnPair:
     """Both on the CPU, weights still to be loaded."""
     match config:
         case NextScaleConfig():
@@ -82,7 +84,7 @@ def unfilled(config: ModelConfig) -> Pair:
             return Raster.unfilled(config), VQ(config.tokenizer)
 
 
-def fresh(config: ModelConfig) -> Pair:
+def fresh(config: ModelConfig) -> OwnPair:
     """Both with weights from torch's global generator."""
     match config:
         case NextScaleConfig():

@@ -7,6 +7,7 @@ The weights are `transformers`' own modules; a token of a picture enters as gene
 generation_head. VA-pi's release reads each row one place too late, when the token that it shall predict has been seen."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -93,10 +94,9 @@ class Janus(nn.Module):
         last of `tokens` is not read at all."""
         before, count = condition.tokens.shape[1], tokens.shape[1] - 1
         x = torch.cat([condition.tokens, self.embed(tokens[:, :-1])], 1)
-        there = condition.there
-        mask = None if there is None else attention_mask(there, count)
+        there = seen(condition)
         hidden = self.language_model(
-            inputs_embeds=x, attention_mask=mask, position_ids=positions(there, before + count), use_cache=False
+            inputs_embeds=x, attention_mask=attention_mask(there, count), position_ids=positions(there, before + count), use_cache=False
         ).last_hidden_state
         return hidden[:, before - 1 :]
 
@@ -114,21 +114,13 @@ class Janus(nn.Module):
 
     def step(self, condition: Condition, tokens: Int[Tensor, " B"] | None, cache: KVCache) -> Float[Tensor, "B 1 D"]:
         """What the next token is drawn from. `tokens` are those drawn last; None before the first, when the condition itself is read."""
-        batch, before = condition.tokens.shape[:2]
         x = condition.tokens if tokens is None else self.embed(tokens[:, None])
-        start, end = cache.length, cache.length + x.shape[1]
-        there = condition.there
-        if tokens is None:
-            mask = attention_mask(torch.ones(batch, before, dtype=torch.bool, device=x.device) if there is None else there, 0)
-        elif there is None:
-            mask = torch.ones(batch, 1, 1, end, dtype=torch.bool, device=x.device)
-        else:
-            mask = F.pad(there, (0, end - before), value=True)[:, None, None]
-        at = positions(there, end)
+        there, start, end = seen(condition), cache.length, cache.length + x.shape[1]
+        mask = attention_mask(there, 0) if tokens is None else F.pad(there, (0, end - there.shape[1]), value=True)[:, None, None]
         hidden = self.language_model(
             inputs_embeds=x,
             attention_mask=mask,
-            position_ids=torch.arange(start, end, device=x.device)[None] if at is None else at[:, start:],
+            position_ids=positions(there, end)[:, start:],
             past_key_values=_Written(cache),
             use_cache=True,
         ).last_hidden_state
@@ -137,16 +129,21 @@ class Janus(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "B l D"]) -> Float[Tensor, "B l V"]:
         """In fp32: the last product is not autocast, for log-probabilities in bf16 are off by hundredths of a nat."""
-        head = self.generation_head
+        head, device = self.generation_head, hidden.device.type
         inner = head.activation_fn(head.proj_out(hidden))
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             return head.vision_head(inner.float())
 
 
-def positions(there: Bool[Tensor, "B N"] | None, length: int) -> Int[Tensor, "B n"] | None:
-    """Of a condition and the tokens after it, `length` together: counted from the first that is there, so that padding moves nothing. None
-    where nothing was padded."""
-    return None if there is None else (F.pad(there, (0, length - there.shape[1]), value=True).cumsum(1) - 1).clamp(min=0)
+def seen(condition: Condition) -> Bool[Tensor, "b N"]:
+    """Where the condition is no padding; one row for all where nothing was padded."""
+    tokens = condition.tokens
+    return torch.ones(1, tokens.shape[1], dtype=torch.bool, device=tokens.device) if condition.there is None else condition.there
+
+
+def positions(there: Bool[Tensor, "b N"], length: int) -> Int[Tensor, "b n"]:
+    """Of a condition and the tokens after it, `length` together: counted from the first that is there, so that padding moves nothing."""
+    return (F.pad(there, (0, length - there.shape[1]), value=True).cumsum(1) - 1).clamp(min=0)
 
 
 class _Written:

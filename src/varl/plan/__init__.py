@@ -18,8 +18,8 @@ from varl.plan.cost import (
     run_updates,
     weights_of,
 )
-from varl.plan.families import Family, family_of, without_memory
-from varl.plan.missing import attempt, check_prompts, check_regions, check_size, config_of, data_of, doubts, judge_of
+from varl.plan.families import Family, as_family, family_of
+from varl.plan.missing import attempt, check_prompts, check_regions, check_size, config_of, data_of, doubts, judge_of, pair_of
 from varl.plan.words import Plan, format_plan, in_bytes
 
 __all__ = ["Plan", "device_of", "format_plan", "plan"]
@@ -46,7 +46,7 @@ def _of_run(config: RunConfig, calibrate: bool) -> Plan:
     problems: list[str] = []
     warnings: list[str] = []
     device = attempt(problems, device_of, config.train.device) or torch.device("cpu")
-    model_config = attempt(problems, config_of, config.model)
+    pair = attempt(problems, pair_of, config.model)
     data = data_of(problems, config.data, "rl")
     check_regions(problems, data.prompts, config.rewards)
     rewards = [attempt(problems, judge_of, name, part.reward, data.pictures) for name, part in config.rewards.items()]
@@ -56,10 +56,10 @@ def _of_run(config: RunConfig, calibrate: bool) -> Plan:
         again = "some come more than once" if isinstance(config.data, WordsConfig) else "there are no more samples"
         warnings.append(f"eval.samples={config.eval.samples}, but there are {data.heldout} held-out prompts or words: {again}.")
     said = tuple(line for line in rewards if line)
-    if model_config is None:
+    if pair is None:
         return Plan(problems=tuple(problems), warnings=tuple(warnings), rewards=said)
-    family = family_of(model_config)
-    policy = attempt(problems, new_policy, without_memory(model_config), sample_law=config.sample_law, score_law=config.score_law)
+    model_config = pair[0].config
+    policy = attempt(problems, new_policy, pair, sample_law=config.sample_law, score_law=config.score_law)
     check_prompts(problems, data.prompts, model_config)
     algorithm = None if policy is None else attempt(problems, build_algorithm, config.algorithm, policy, data.pictures)
     m = attempt(problems, algorithm.middle, policy.layout) if policy and isinstance(algorithm, VARRL) else None
@@ -70,6 +70,7 @@ def _of_run(config: RunConfig, calibrate: bool) -> Plan:
         )
     else:
         check_size(problems, config.data, model_config)
+    family = as_family(pair)
     if algorithm is None or (isinstance(algorithm, VARRL) and m is None):
         return Plan(problems=tuple(problems), warnings=tuple(warnings), rewards=said, layout=family.layout)
     updates = run_updates(config, family, m)

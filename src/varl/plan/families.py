@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from varl.checkpoints.model import Pair, fresh
-from varl.config import ModelConfig, NextScaleConfig, RasterConfig
-from varl.models.layers import KVCache
+from varl.checkpoints.model import OwnPair, fresh
+from varl.config import ActingConfig, JanusConfig, ModelConfig, NextScaleConfig, RasterConfig
+from varl.models.janus import Janus
 from varl.models.next_scale import NextScale
 from varl.models.raster import Condition, Raster
 from varl.policies.acting import class_ids, require_text
@@ -22,6 +22,9 @@ from varl.tokenizers.vq import VQ
 from varl.types import Layout, Prompt
 
 Tokenizer = MultiScaleVQ | VQ
+
+JANUS_CAPTION = 64
+"""Tokens of a caption, those of the chat template not counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +61,7 @@ class Family(Protocol):
     """A transformer and its tokenizer on the meta device, and what a plan asks of the transformer."""
 
     @property
-    def model(self) -> NextScale | Raster: ...
+    def model(self) -> NextScale | Raster | Janus: ...
 
     @property
     def tokenizer(self) -> Tokenizer: ...
@@ -122,12 +125,13 @@ class NextScaleFamily:
 
 
 class RasterFamily:
-    """A caption is taken to be as long as the model can read."""
+    """A caption is taken to be as long as the model can read; for a Janus, which can read books, `JANUS_CAPTION`."""
 
-    def __init__(self, model: Raster, tokenizer: VQ) -> None:
+    def __init__(self, model: Raster | Janus, tokenizer: VQ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.layout = Layout(grids=(model.config.grid,), steps=model.tokens)
-        self.positions = model.prefix + model.tokens - 1
+        self.prefix = model.prefix if isinstance(model, Raster) else min(model.empty + JANUS_CAPTION, model.longest)
+        self.positions = self.prefix + model.tokens - 1
         self.forward = cache(self._forward)
 
     def tokens(self, steps: int) -> int:
@@ -138,7 +142,7 @@ class RasterFamily:
         return cost(lambda: model.logits(model(self._condition(), torch.ones(1, steps, dtype=torch.long))), model)
 
     def reading(self) -> float:
-        return self._step(self._condition, None, 0, self.model.prefix)
+        return self._step(self._condition, None, self.prefix)
 
     def drawing(self, steps: int) -> float:
         """What a step costs grows linearly with the tokens before it, so that all of them cost as many as there are times the mean of the
@@ -149,52 +153,58 @@ class RasterFamily:
             return head
 
         def there() -> Condition:
-            return Condition(tokens=torch.empty(1, model.prefix, model.config.width), there=None)
+            return Condition(tokens=torch.empty(1, self.prefix, model.config.width), there=None)
 
-        first, last = (self._step(there, token, model.prefix + before, 1) for before in (0, steps - 2))
+        first, last = (self._step(there, token, self.prefix + before + 1) for before in (0, steps - 2))
         return steps * head + (steps - 1) * (first + last) / 2
 
-    def _step(self, condition: Callable[[], Condition], token: Tensor | None, length: int, new: int) -> float:
-        """Operations of `new` positions with `length` before them, without logits."""
-        model, c = self.model, self.model.config
+    def _step(self, condition: Callable[[], Condition], token: Tensor | None, length: int) -> float:
+        """Operations of a token, or of the condition if there is none, after which there are `length` positions, without logits."""
+        model = self.model
 
         def run() -> Tensor:
-            shape = (1, c.heads, length + new, c.width // c.heads)
-            keys, values = ([torch.empty(shape) for _ in range(c.depth)] for _ in range(2))
-            return model.step(condition(), token, KVCache(keys, values, length))
+            asked = condition()
+            held = model.cache(asked, length + 1 - self.prefix)
+            held.length = length - (self.prefix if token is None else 1)
+            return model.step(asked, token, held)
 
         return cost(run, model).flops
 
     def _condition(self) -> Condition:
-        captions = self.model.config.captions
-        given = torch.ones(1, dtype=torch.long) if captions is None else torch.empty(1, captions.tokens, captions.width)
-        return self.model.condition(given)
+        model = self.model
+        if model.config.num_classes is not None:
+            return model.condition(torch.ones(1, dtype=torch.long))
+        return model.condition(model.none(self.prefix)[None])
 
 
-def without_memory(config: ModelConfig) -> Pair:
+def without_memory(config: ModelConfig) -> OwnPair:
     with torch.device("meta"):
         return fresh(config)
 
 
 @lru_cache(maxsize=8)
 def family_of(config: ModelConfig) -> Family:
-    pair = without_memory(config)
+    return as_family(without_memory(config))
+
+
+def as_family(pair: Pair) -> Family:
+    """Of a pair on the meta device."""
     match pair:
         case (NextScale() as model, MultiScaleVQ() as tokenizer):
             return NextScaleFamily(model, tokenizer)
-        case (Raster() as model, VQ() as tokenizer):
+        case (Raster() | Janus() as model, VQ() as tokenizer):
             return RasterFamily(model, tokenizer)
     assert_never(pair)
 
 
-def require_readable(prompts: Sequence[Prompt], config: ModelConfig) -> None:
+def require_readable(prompts: Sequence[Prompt], config: ActingConfig) -> None:
     """DataError for a prompt that the model cannot read. How long a caption is, its encoder alone knows."""
     match config:
         case NextScaleConfig():
             model_ids(prompts, config)
         case RasterConfig(num_classes=int() as classes):
             class_ids(prompts, classes)
-        case RasterConfig():
+        case RasterConfig() | JanusConfig():
             require_text(prompts)
 
 

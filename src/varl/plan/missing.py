@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar, assert_never
 
 from varl.build import PicturesOf, build_reward, demand_pictures, model_path
+from varl.checkpoints import janus
 from varl.checkpoints.folder import MANIFEST, load_config, read_part
+from varl.checkpoints.model import Pair
 from varl.config import (
+    ActingConfig,
     ClassifierConfig,
     DataConfig,
     FolderConfig,
@@ -33,7 +36,7 @@ from varl.data.words import PALETTES, split, word_list
 from varl.data.words import prompts as word_prompts
 from varl.errors import CheckpointError, ConfigError, VarlError
 from varl.plan.cost import Update, contexts_of
-from varl.plan.families import require_readable
+from varl.plan.families import require_readable, without_memory
 from varl.policies.acting import class_ids
 from varl.rewards.ocr import choose_engine, open_engine
 from varl.rewards.toy import load_callable
@@ -59,15 +62,30 @@ def attempt(problems: list[str], fn: Callable[P, T], *args: P.args, **kwargs: P.
         return None
 
 
-def config_of(name: str) -> ModelConfig:
-    """The model's config, after every file beside it was found to have the size that was written; hashes are checked when it is loaded."""
+def pair_of(name: str) -> Pair:
+    """The model and its tokenizer, on the meta device."""
     path = model_path(name)
+    if not janus.is_janus(path):
+        return without_memory(config_of(name))
+    if (path / MANIFEST).is_file():
+        require_whole(name, path)
+    return janus.without_memory(path)
+
+
+def config_of(name: str) -> ModelConfig:
+    """The model's config, if its folder is whole."""
+    path = model_path(name)
+    require_whole(name, path)
+    return model_from_yaml(load_config(path))
+
+
+def require_whole(name: str, path: Path) -> None:
+    """CheckpointError unless every file has the size that was written; hashes are checked when it is loaded."""
     manifest = json.loads(read_part(path, MANIFEST))
     sizes = {file: (path / file).stat().st_size if (path / file).is_file() else 0 for file in manifest}
     wrong = [f"{file} has {size:,} bytes of {manifest[file]['bytes']:,}" for file, size in sizes.items() if size != manifest[file]["bytes"]]
     if wrong:
         raise CheckpointError(f"model={name!r}: not whole: {'; '.join(wrong)}. Copy or save the model folder again.")
-    return model_from_yaml(load_config(path))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +144,7 @@ def check_palettes(problems: list[str], palettes: Sequence[str]) -> None:
     problems += [f"palette {name!r}: unknown. Known: {', '.join(PALETTES)}." for name in palettes if name not in PALETTES]
 
 
-def check_prompts(problems: list[str], prompts: Sequence[Prompt], model: ModelConfig | ClassifierConfig) -> None:
+def check_prompts(problems: list[str], prompts: Sequence[Prompt], model: ActingConfig | ClassifierConfig) -> None:
     """Whether the model knows every character, attribute and class, and a model of classes is asked for one."""
     if model.num_classes is not None:
         unlabelled, prompts = [p for p in prompts if p.label is None], [p for p in prompts if p.label is not None]
@@ -142,7 +160,7 @@ def check_prompts(problems: list[str], prompts: Sequence[Prompt], model: ModelCo
         attempt(problems, require_readable, prompts, model)
 
 
-def check_size(problems: list[str], data: DataConfig, model: ModelConfig | ClassifierConfig) -> None:
+def check_size(problems: list[str], data: DataConfig, model: ActingConfig | ClassifierConfig) -> None:
     """Whether pictures that are made or cut to a size have the model's. Those of a folder are as large as they are."""
     if not isinstance(data, FolderConfig) and data.image_size != model.image_size:
         whose = "the model sees" if isinstance(model, ClassifierConfig) else "the model's grids and stride make"

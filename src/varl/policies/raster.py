@@ -1,5 +1,5 @@
-"""A raster model, LlamaGen's or Janus-Pro's, behind `BranchingPolicy` and `TeacherForcedPolicy`: act token by token, stop at any, replay
-in one pass, or draw all tokens of a picture at once, each given a real picture's tokens before it."""
+"""A raster model, LlamaGen's or Janus-Pro's, behind `BranchingPolicy` and `TeacherForcedPolicy`: act token by token, stop at any, replay in
+one pass, or draw all tokens of a picture at once, each given a real picture's tokens before it."""
 
 import copy
 from collections.abc import Callable, Sequence

@@ -14,7 +14,7 @@ from torch import nn
 
 from varl.checkpoints import model as model_folder
 from varl.checkpoints import run_state
-from varl.checkpoints.model import Pair
+from varl.checkpoints.model import OwnPair
 from varl.config import ClassifierConfig, FolderConfig, PicturesConfig, PretrainConfig
 from varl.errors import ConfigError, NumericsError
 from varl.models.classifier import Classifier
@@ -88,20 +88,21 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def start(config: PretrainConfig) -> Pair | tuple[Classifier]:
+def start(config: PretrainConfig) -> OwnPair | tuple[Classifier]:
     """What is trained: fresh, or from `init`."""
     if isinstance(config.model, ClassifierConfig):
         return (Classifier(config.model),)
     if config.init is None:
         return model_folder.fresh(config.model)
     pair = model_folder.load(model_folder.model_path(config.init))
-    if pair[0].config != config.model:
-        raise ConfigError(f"init={config.init!r} holds a model of another config than `model`. Copy `model` from its config.yaml.")
-    return pair
+    match pair:
+        case (NextScale() | Raster() as model, _) if model.config == config.model:
+            return pair
+    raise ConfigError(f"init={config.init!r} holds a model of another config than `model`. Copy `model` from its config.yaml.")
 
 
 def phases(
-    config: PretrainConfig, modules: Pair | tuple[Classifier], shown: Shown, device: torch.device, captions: CaptionEncoder | None
+    config: PretrainConfig, modules: OwnPair | tuple[Classifier], shown: Shown, device: torch.device, captions: CaptionEncoder | None
 ) -> list[Phase]:
     """What is done with the modules, in order."""
     match modules:
