@@ -385,7 +385,7 @@ JUDGE = ["--features", "judge.py:means", "--quiet"]
             "--size 12: this model's pictures are 16x32 (height x width), no squares.",
         ),
         (["base", "real.npz"], "this model reads text and knows no classes that could be drawn at random. Give --prompts, a folder with"),
-        (["real.npz", "real.npz", "--top-k", "0", "--cfg", "2"], "--cfg, --top-k: say how a model draws, and real.npz is no model but"),
+        (["real.npz", "real.npz", "--cfg", "2"], "real.npz: is no model but pictures, which are there already. Leave out what says how"),
         (["raster", "real.npz", "--cfg", "1,2"], "cfg_scale has 2 values, the model 9 tokens."),
         (["raster", "real.npz", "--inception", "x.pth"], "--features judge.py:means, --inception x.pth: are two networks to judge by."),
         (["raster", "real.npz", "--features", "judge.py:none"], "judge.py has no callable 'none'. It has: means."),

@@ -217,6 +217,21 @@ def test_a_folder_that_is_no_place_for_pictures(draw, tmp_path):
         draw(Path("/proc/mine"))
 
 
+def test_a_drawing_that_cannot_begin_leaves_no_trace(draw, load, tmp_path):
+    with pytest.raises(ConfigError, match=r"cfg_scale has 2 values, the model 9 tokens"):
+        draw_pictures(
+            lambda: load(LawConfig(cfg_scale=(1.0, 2.0))),
+            CLASSES,
+            tmp_path / "drawn",
+            count=50,
+            seed=3,
+            size=(12, 12),
+            batch=8,
+            settings={},
+        )
+    assert not (tmp_path / "drawn").exists()
+
+
 def test_a_half_written_folder_goes_on(draw, tmp_path):
     (tmp_path / "drawn").mkdir()
     (tmp_path / "drawn/settings.json.tmp-7").write_text("{")
