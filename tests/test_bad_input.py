@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from tiny import WIDE_RASTER, save_tiny, snapshot, status, write_config
+from tiny import TINY_RASTER, save_tiny, snapshot, status, write_config
 from varl.cli import run_folder
 from varl.data.folder import write_folder
 from varl.types import Prompt
@@ -341,7 +341,7 @@ def test_evaluation_of_a_run_whose_prompts_hold_no_words(refused, here):
 @pytest.fixture
 def raster(here):
     """And pictures to hold it against, with a network to judge by."""
-    save_tiny(here / "raster", WIDE_RASTER)
+    save_tiny(here / "raster", TINY_RASTER)
     np.savez(here / "real.npz", arr_0=np.zeros((48, 12, 12, 3), np.uint8))
     (here / "judge.py").write_text("def means(images):\n    return images.mean((2, 3))\n")
     return here / "raster"

@@ -72,7 +72,7 @@ eval: {{samples: 2}}
 
 
 def write_pictures(folder: Path, classes: int = 3, each: int = 2) -> Path:
-    """A folder of noise for each class: a/0.png, a/1.png, b/0.png, ..., of TINY_RASTER's size."""
+    """A folder of noise for each class: a/0.png, a/1.png, b/0.png, ..., of WIDE_RASTER's size."""
     noise = torch.Generator().manual_seed(0)
     for label in range(classes):
         place = folder / "abcdefgh"[label]
