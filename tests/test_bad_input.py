@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from tiny import WIDE_RASTER, save_tiny, snapshot, status, write_config
+from tiny import TINY_RASTER, save_tiny, snapshot, status, write_config
 from varl.cli import run_folder
 from varl.data.folder import write_folder
 from varl.types import Prompt
@@ -341,7 +341,7 @@ def test_evaluation_of_a_run_whose_prompts_hold_no_words(refused, here):
 @pytest.fixture
 def raster(here):
     """And pictures to hold it against, with a network to judge by."""
-    save_tiny(here / "raster", WIDE_RASTER)
+    save_tiny(here / "raster", TINY_RASTER)
     np.savez(here / "real.npz", arr_0=np.zeros((48, 12, 12, 3), np.uint8))
     (here / "judge.py").write_text("def means(images):\n    return images.mean((2, 3))\n")
     return here / "raster"
@@ -385,7 +385,7 @@ JUDGE = ["--features", "judge.py:means", "--quiet"]
             "--size 12: this model's pictures are 16x32 (height x width), no squares.",
         ),
         (["base", "real.npz"], "this model reads text and knows no classes that could be drawn at random. Give --prompts, a folder with"),
-        (["real.npz", "real.npz", "--top-k", "0", "--cfg", "2"], "--cfg, --top-k: say how a model draws, and real.npz is no model but"),
+        (["real.npz", "real.npz", "--cfg", "2"], "real.npz: is no model but pictures, which are there already. Leave out what says how"),
         (["raster", "real.npz", "--cfg", "1,2"], "cfg_scale has 2 values, the model 9 tokens."),
         (["raster", "real.npz", "--inception", "x.pth"], "--features judge.py:means, --inception x.pth: are two networks to judge by."),
         (["raster", "real.npz", "--features", "judge.py:none"], "judge.py has no callable 'none'. It has: means."),

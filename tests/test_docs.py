@@ -140,7 +140,10 @@ from varl.recipes import RECIPES
 known = typer.main.get_command(cli.app).commands
 for place, name, *rest in json.load(sys.stdin):
     try:
-        asked = known[name].make_context(name, rest).params if rest else {"command": known[name]}
+        command = known[name]
+        while rest and hasattr(command, "commands"):
+            command, rest = command.commands[rest[0]], rest[1:]
+        asked = command.make_context(name, rest).params if rest else {"command": command}
         if asked.get("target") in RECIPES and "assignments" in asked:
             cli.load(asked["target"], asked["assignments"] or ())
     except BaseException as error:
@@ -157,8 +160,9 @@ def test_every_command_line_is_understood():
         said += [[place, *words[1:]] for words in commands(page)]
     done = subprocess.run([sys.executable, "-c", UNDERSTAND], input=json.dumps(said), capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.returncode) == ("", 0), done.stdout + done.stderr
-    wrong = subprocess.run([sys.executable, "-c", UNDERSTAND], input='[["here", "trian", "x"]]', capture_output=True, text=True, timeout=60)
-    assert wrong.stdout.startswith("here trian x KeyError")
+    for line in (["here", "trian", "x"], ["here", "eval", "word"]):
+        wrong = subprocess.run([sys.executable, "-c", UNDERSTAND], input=json.dumps([line]), capture_output=True, text=True, timeout=60)
+        assert wrong.stdout.startswith(f"{' '.join(line)} KeyError")
 
 
 @pytest.mark.parametrize("block", all_blocks("yaml"), ids=lambda block: block.place)

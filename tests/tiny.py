@@ -11,6 +11,7 @@ from varl.checkpoints import model as model_folder
 from varl.checkpoints.model import fresh
 from varl.cli import main
 from varl.config import ModelConfig, NextScaleConfig, RasterConfig, TextConfig, TokenizerConfig, VQConfig
+from varl.models.raster import Raster
 
 TINY = NextScaleConfig(
     depth=1,
@@ -48,8 +49,8 @@ def save_tiny(path: Path, config: ModelConfig = TINY) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model, tokenizer = fresh(config)
-        if isinstance(config, RasterConfig):  # fresh, it finds all tokens as likely, whatever it is asked for
-            torch.nn.init.normal_(model.get_submodule("output").weight, std=0.3)
+        if isinstance(model, Raster):  # fresh, it finds all tokens as likely, whatever it is asked for
+            torch.nn.init.normal_(model.output.weight, std=0.3)
     return model_folder.save(path, model, tokenizer, {})
 
 
@@ -71,7 +72,7 @@ eval: {{samples: 2}}
 
 
 def write_pictures(folder: Path, classes: int = 3, each: int = 2) -> Path:
-    """A folder of noise for each class: a/0.png, a/1.png, b/0.png, ..., of TINY_RASTER's size."""
+    """A folder of noise for each class: a/0.png, a/1.png, b/0.png, ..., of WIDE_RASTER's size."""
     noise = torch.Generator().manual_seed(0)
     for label in range(classes):
         place = folder / "abcdefgh"[label]

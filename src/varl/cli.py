@@ -37,6 +37,8 @@ out_console, err_console = Console(), Console(stderr=True)
 Config = TypeVar("Config", RunConfig, PretrainConfig)
 FAILED, REFUSED = 1, 2
 """Exit status: a check that failed; something that cannot be done as asked."""
+SAMPLES = 50_000
+"""Pictures that FID is measured on where papers report it."""
 LINE_EVERY = 10.0
 """Seconds between lines of progress where there is no terminal for a bar."""
 
@@ -442,7 +444,6 @@ def eval_words(
 
 @evaluation.command("fid")
 def eval_fid(
-    context: typer.Context,
     target: Annotated[
         str,
         typer.Argument(
@@ -456,9 +457,10 @@ def eval_fid(
         Path | None, typer.Option(help="Weights of the Inception net that FID is measured with; those in torch's cache if not given.")
     ] = None,
     features: Annotated[
-        str | None, typer.Option(metavar="MODULE:NAME", help="Another network to judge by, or path.py:name: pixels in [0, 1] to features.")
+        str | None,
+        typer.Option(metavar="CLASSIFIER|MODULE:NAME", help="Another network to judge by: a classifier's folder, or a function of yours."),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Pictures that a model draws.")] = 50_000,
+    samples: Annotated[int, typer.Option(min=1, help="Pictures that a model draws.")] = SAMPLES,
     batch: Annotated[int, typer.Option(min=1, help="Pictures at once; at most 1000 are drawn at once.")] = 64,
     seed: int = 1234,
     cfg: Annotated[str, typer.Option(help=GUIDANCE)] = "1.0",
@@ -480,15 +482,16 @@ def eval_fid(
     law = LawConfig(cfg_scale=numbers(cfg, "--cfg"), temperature=temperature, top_k=top_k, top_p=top_p)
     from varl.eval.features import open_pictures
     from varl.eval.fid import compare_sets, demand_comparable, reference_pictures
-    from varl.sample import draw_many, find_drawer, load_extractor, plan_drawing
+    from varl.sample import draw_many, load_extractor, model_at, plan_drawing
 
-    model = find_drawer(target)
+    model = model_at(target)
     run = Path(target) if model == Path(target) / "model" else None
     file = out or (run or Path()) / "fid.json"
     demand_file(file)
     real = reference_pictures(reference)
     if model is None:
-        demand_pictures(context, target)
+        plain = (SAMPLES, LawConfig(), None, "float32", None)
+        demand_pictures(target, drawn_otherwise=(samples, law, size, dtype, prompts) != plain)
         drawing, shown = None, open_pictures(target)
         demand_comparable(target, shown.count, shown.size, real)
     else:
@@ -514,15 +517,15 @@ def eval_fid(
     typer.echo(str(file))
 
 
-def demand_pictures(context: typer.Context, target: str) -> None:
-    """Whether `target`, which is no model, can be pictures, and nothing was said of how to draw them."""
+def demand_pictures(target: str, *, drawn_otherwise: bool) -> None:
+    """Whether `target`, which is no model, can be pictures; nothing may have been said of how they are to be drawn."""
     if not Path(target).is_dir() and Path(target).suffix != ".npz":
         raise ConfigError(f"{target}: is neither a model folder nor a run directory, nor a folder or an npz file of pictures.")
-    drawing = ("samples", "cfg", "temperature", "top_k", "top_p", "size", "dtype", "prompts")
-    sources = {name: context.get_parameter_source(name) for name in drawing}
-    given = [f"--{name.replace('_', '-')}" for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    if given:
-        raise ConfigError(f"{', '.join(given)}: say how a model draws, and {target} is no model but pictures. Leave them out.")
+    if drawn_otherwise:
+        raise ConfigError(
+            f"{target}: is no model but pictures, which are there already. Leave out what says how a model draws: --samples, --cfg, "
+            "--temperature, --top-k, --top-p, --size, --dtype and --prompts."
+        )
 
 
 @app.command()

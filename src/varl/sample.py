@@ -41,7 +41,7 @@ def find_model(name: str) -> Path:
     return inside if model_folder.is_model_folder(inside) else model_path(name)
 
 
-def find_drawer(name: str) -> Path | None:
+def model_at(name: str) -> Path | None:
     """`find_model`, or None where there is no model."""
     try:
         return find_model(name)
@@ -168,10 +168,12 @@ def draw_many(drawing: Drawing, folder: Path, batch: int, tick: Callable[[int], 
 
 
 def load_extractor(features: str | None, inception: Path | None) -> Extractor:
-    """Inception with weights from `inception` or the usual cache, or the function or module at `features`, on the GPU if there is one."""
+    """What pictures are judged by, on the GPU if there is one: Inception, with weights from `inception` or from the usual cache; or
+    `features`, a classifier that `varl pretrain` made or the function or module at MODULE:NAME."""
     if features is None:
         return load_inception(inception).to(usual_device())
     if inception is not None:
         raise ConfigError(f"--features {features}, --inception {inception}: are two networks to judge by. Leave one out.")
-    extractor = load_callable(features)
+    folder = model_at(features)
+    extractor = load_callable(features) if folder is None else model_folder.load_classifier(folder)
     return extractor.to(usual_device()).eval() if isinstance(extractor, nn.Module) else cast(Extractor, extractor)

@@ -88,8 +88,6 @@ def draw_pictures(
     if file.is_file():
         tick(count)
     else:
-        with _whole(folder / SETTINGS) as beside:
-            write_bytes(beside, told.encode())
         shards = {}
         for start in range(0, count, SHARD):
             rows = range(start, min(start + SHARD, count))
@@ -99,6 +97,9 @@ def draw_pictures(
                 continue
             policy = policy or load()
             images = draw_shard(policy, choices, rows, seed=seed, size=size, batch=batch, tick=tick)
+            if not (folder / SETTINGS).is_file():  # a law that cannot be drawn under has failed by now, and left no trace
+                with _whole(folder / SETTINGS) as beside:
+                    write_bytes(beside, told.encode())
             with _whole(shard) as beside:
                 write_tensors(beside, {"images": images})
         with _whole(file) as beside:
