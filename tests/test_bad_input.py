@@ -12,9 +12,10 @@ import torch
 import yaml
 from PIL import Image
 
-from tiny import WIDE_RASTER, save_tiny, snapshot, status, write_config, write_pictures
+from tiny import TINY_RASTER, WIDE_RASTER, save_tiny, snapshot, status, write_config, write_pictures
 from varl.cli import run_folder
 from varl.data.folder import write_folder
+from varl.data.token_cache import TokenCache
 from varl.types import Prompt
 
 MODEL_SETTINGS = """
@@ -294,6 +295,15 @@ def test_pictures_that_cannot_be_used(real, refused):
     assert "pictures/b/deep.tiff: has mode I, more than 8 bits for each colour. Save it with 8 bits, as grey or RGB." in said
 
 
+def test_tokens_that_another_tokenizer_made(real, capfd):
+    """Which weights made them is known once these are loaded, before anything is drawn."""
+    TokenCache(real / "kept", tokenizer="0" * 64, name="models/other")
+    assert status("train", "va_pi.yaml", "--set", "data.tokens=kept", "--out", "new", "--quiet") == 2
+    said = capfd.readouterr().err
+    assert "kept: holds tokens of the tokenizer 'models/other' (000000000000), not of 'raster' (" in said
+    assert "their ids mean other things. Give another folder, or delete this one." in said
+
+
 @pytest.mark.parametrize("change", [{"tokenizer": replace(WIDE_RASTER.tokenizer, vocab=8)}, {"grid": (2, 2)}, {"num_classes": 5}], ids=str)
 def test_weights_of_another_raster_model(real, refused, change):
     """A codebook, a grid or classes that are not those of the weights beside the config, which a plan does not look at."""
@@ -444,7 +454,7 @@ def test_evaluation_of_a_run_whose_prompts_hold_no_words(refused, here):
 @pytest.fixture
 def raster(here):
     """And pictures to hold it against, with a network to judge by."""
-    save_tiny(here / "raster", WIDE_RASTER)
+    save_tiny(here / "raster", TINY_RASTER)
     np.savez(here / "real.npz", arr_0=np.zeros((48, 12, 12, 3), np.uint8))
     (here / "judge.py").write_text("def means(images):\n    return images.mean((2, 3))\n")
     return here / "raster"

@@ -614,7 +614,7 @@ def test_signal_and_noise_in_context_cover_what_enumeration_says():
         variance.append(var)
     for _ in range(120):
         found.round()
-    exact = ((signal[0] + signal[1]) / 2).square().sum() / (sum(variance) / 4).sum()
+    exact = ((signal[0] + signal[1]) / 2).square().sum() / (torch.stack(variance).sum() / 4)
     ratio = estimate(snr(found.moments(), torch.ones(1)))
     assert covers(ratio, float(exact))
     assert ratio.high - ratio.low < 0.7 * ratio.value

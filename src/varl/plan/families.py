@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from varl.checkpoints.model import Pair, fresh
 from varl.config import ModelConfig, NextScaleConfig, RasterConfig
+from varl.models.classifier import Classifier
 from varl.models.layers import KVCache
 from varl.models.next_scale import NextScale
 from varl.models.raster import Condition, Raster
@@ -178,13 +179,13 @@ def without_memory(config: ModelConfig) -> Pair:
 
 @lru_cache(maxsize=8)
 def family_of(config: ModelConfig) -> Family:
-    pair = without_memory(config)
-    match pair:
-        case (NextScale() as model, MultiScaleVQ() as tokenizer):
-            return NextScaleFamily(model, tokenizer)
-        case (Raster() as model, VQ() as tokenizer):
-            return RasterFamily(model, tokenizer)
-    assert_never(pair)
+    with torch.device("meta"):
+        match config:
+            case NextScaleConfig():
+                return NextScaleFamily(NextScale(config), MultiScaleVQ(config.tokenizer, config.grids))
+            case RasterConfig():
+                return RasterFamily(Raster(config), VQ(config.tokenizer))
+    assert_never(config)
 
 
 def require_readable(prompts: Sequence[Prompt], config: ModelConfig) -> None:
@@ -224,3 +225,12 @@ def autoencoder_cost(family: Family) -> Cost:
     """One picture through encoder and decoder."""
     tokenizer, picture = family.tokenizer, (1, 3, *family.model.config.image_size)
     return cost(lambda: tokenizer.render(tokenizer.features(torch.empty(picture))), tokenizer)
+
+
+# ---- classifiers ------------------------------------------------------------------------------------------------------------------------
+
+
+def classifier_cost(classifier: Classifier) -> Cost:
+    """One picture to its classes."""
+    picture = (1, 3, *classifier.config.image_size)
+    return cost(lambda: classifier.classify(classifier(torch.empty(picture))), classifier)

@@ -8,6 +8,7 @@ from typing import ParamSpec, TypeVar, assert_never
 
 from varl.build import PicturesOf, build_reward, demand_pictures, model_path
 from varl.checkpoints.folder import MANIFEST, load_config, read_part
+from varl.checkpoints.janus import is_janus
 from varl.config import (
     ClassifierConfig,
     DataConfig,
@@ -59,9 +60,12 @@ def attempt(problems: list[str], fn: Callable[P, T], *args: P.args, **kwargs: P.
         return None
 
 
-def config_of(name: str) -> ModelConfig:
-    """The model's config, after every file beside it was found to have the size that was written; hashes are checked when it is loaded."""
+def config_of(name: str) -> ModelConfig | None:
+    """The model's config, after every file beside it was found to have the size that was written; hashes are checked when it is loaded.
+    None for a Janus, which `transformers` knows and a plan does not: nothing of it is counted."""
     path = model_path(name)
+    if is_janus(path):
+        return None
     manifest = json.loads(read_part(path, MANIFEST))
     sizes = {file: (path / file).stat().st_size if (path / file).is_file() else 0 for file in manifest}
     wrong = [f"{file} has {size:,} bytes of {manifest[file]['bytes']:,}" for file, size in sizes.items() if size != manifest[file]["bytes"]]
