@@ -1,6 +1,7 @@
 """A raster policy small enough to enumerate, that reads real pictures: a worked example of `TeacherForcedPolicy`."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -24,10 +25,10 @@ class TeacherForcedTabular(TabularPolicy):
         """Rows forwarded by `score` so far."""
 
     def score(self, rollout):
-        """Rows side by side that share a context and a label share its law."""
+        """Rows side by side that share a context and a prompt share its law."""
         context = rollout.actions if rollout.context is None else rollout.context
-        label = torch.tensor([[prompt.label or 0] for prompt in rollout.prompts])
-        new = (torch.cat([label, context[:, :-1]], 1).diff(dim=0) != 0).any(1)
+        other = torch.tensor([a != b for a, b in pairwise(rollout.prompts)], dtype=torch.bool)
+        new = (context[:, :-1].diff(dim=0) != 0).any(1) | other
         first = torch.cat([torch.ones(1, dtype=torch.bool), new])
         self.contexts_read += int(first.sum())
         prompts = [prompt for prompt, own in zip(rollout.prompts, first.tolist(), strict=True) if own]

@@ -4,15 +4,18 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
-from tiny import TINY_RASTER, save_tiny, snapshot, status, write_config
+from tiny import TINY_RASTER, WIDE_RASTER, save_tiny, snapshot, status, write_config, write_pictures
 from varl.cli import run_folder
 from varl.data.folder import write_folder
+from varl.data.token_cache import TokenCache
 from varl.types import Prompt
 
 MODEL_SETTINGS = """
@@ -208,6 +211,116 @@ def test_characters_that_the_encoder_lacks(refused, here):
 def test_a_prompt_that_is_too_long(refused):
     said = refused("sample", "base", "--prompt", "ABCDEFGHIJKLM", "--out", "x.png")
     assert "has 13 characters, the encoder takes 12. Shorten it" in said
+
+
+# ---- real pictures ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def real(here):
+    """va_pi.yaml, a raster model of three classes, and pictures of each."""
+    save_tiny(here / "raster", WIDE_RASTER)
+    write_pictures(here / "pictures")
+    (here / "va_pi.yaml").write_text("""
+name: tiny
+model: raster
+data: {kind: pictures, path: pictures, image_size: [16, 32]}
+rewards: {mse: {reward: {kind: reconstruction, lpips_weight: 0}}}
+algorithm: {kind: va_pi, grpo: {num_generations: 3, rollouts_per_chunk: 6}}
+train: {steps: 1, prompts_per_step: 3, rollouts_per_backward: 8, image_every: 0, device: cpu}
+""")
+    return here
+
+
+def test_the_run_that_the_others_break_is_fine(real, capfd):
+    assert status("plan", "va_pi.yaml") == 0
+    assert "nothing is missing" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("model=base", "va_pi reads real pictures; NextScalePolicy cannot. Use a raster model or GRPOConfig()."),
+        ("algorithm.grpo.num_generations=1", "num_generations=1: a group of one is its own baseline, every advantage is 0. Set it to 2"),
+        ("algorithm.prefix_noise=1.5", "va_pi.prefix_noise=1.5: must be a share of the context's tokens, 0 to 1."),
+        ("algorithm.prefix_noise=-0.1", "va_pi.prefix_noise=-0.1: must be a share of the context's tokens, 0 to 1."),
+        ("algorithm.grpo.loss_type=grpo", "va_pi.grpo.loss_type='grpo': every draw learns from all of its tokens"),
+        ("sample_law.top_k=17", "sample_law.top_k=17 is more than the vocabulary of 16. Set 0 to keep all tokens."),
+        ("sample_law.top_p=0", "top_p=0.0: must lie in (0, 1]; 1 keeps all tokens."),
+        ("sample_law.cfg_scale=[1.0, 2.0]", "sample_law.cfg_scale has 2 values, the model 8 tokens. Give one, or one per token."),
+        (
+            "score_law.top_k=4",
+            "top_k=4, top_p=1.0 with va_pi.prior_weight=0.1: the cross-entropy of a token that was cut away is",
+        ),
+        ("data.path=nowhere", "pictures.path='nowhere': there is no such folder. Give a folder of pictures."),
+        ("data.path=.", "has no picture, but would be label"),
+        ("data.share=0", "pictures.share=0.0: must be above 0 and at most 1."),
+        ("data.heldout=nowhere", "pictures.path='nowhere': there is no such folder."),
+        ("data.image_size=[24, 24]", "data.image_size=(24, 24), but the model's grids and stride make (16, 32) pixels. Make them equal."),
+        ("eval.every=1", "eval.every=1, but the data holds no prompts for evaluation. Set data.heldout, or eval.every=0."),
+        ("rewards.mse.reward.lpips_weight=1", "lpips_weight=1.0: there is no network to look with. Set vgg and heads (LPIPS), or features"),
+        ("rewards.mse.reward={kind: reconstruction, vgg: no.pth, heads: no.pth}", "rewards.mse: there is no file no.pth. Put the released"),
+        (
+            "algorithm={kind: var_rl, middle_step: {resolution: 0.5}}",
+            "middle_step.resolution=0.5: the 8 steps of this model do not",
+        ),
+    ],
+)
+def test_settings_of_va_pi(real, refused, setting, said):
+    assert said in refused("train", "va_pi.yaml", "--set", setting, "--out", "new")
+
+
+def test_data_without_pictures(real, refused):
+    said = refused(
+        "train", "va_pi.yaml", "--set", f"data={{kind: words, image_size: [16, 32], word_list: {real}/words.txt}}", "--out", "new"
+    )
+    assert "reconstruction compares with real pictures, and this data has none. Set data to pictures." in said
+    assert "va_pi compares with real pictures, and this data has none. Set data to pictures." in said
+
+
+def test_labels_that_the_model_lacks(real, refused):
+    write_pictures(real / "four", classes=4)
+    said = refused("train", "va_pi.yaml", "--set", "data.path=four", "--out", "new")
+    assert "prompt label 3: the model knows classes 0 to 2. Give one of them." in said
+
+
+def test_pictures_that_cannot_be_used(real, refused):
+    """Cut off, or of more bits than a picture has."""
+    file = real / "pictures/a/0.png"
+    file.write_bytes(file.read_bytes()[:200])
+    Image.fromarray(torch.zeros(16, 32, dtype=torch.int32).numpy()).save(real / "pictures/b/deep.tiff")
+    said = refused("train", "va_pi.yaml", "--out", "new")
+    assert "2 things stand in the way:" in said
+    assert "pictures/a/0.png: cannot be read" in said
+    assert "pictures/b/deep.tiff: has mode I, more than 8 bits for each colour. Save it with 8 bits, as grey or RGB." in said
+
+
+def test_tokens_that_another_tokenizer_made(real, capfd):
+    """Which weights made them is known once these are loaded, before anything is drawn."""
+    TokenCache(real / "kept", tokenizer="0" * 64, name="models/other")
+    assert status("train", "va_pi.yaml", "--set", "data.tokens=kept", "--out", "new", "--quiet") == 2
+    said = capfd.readouterr().err
+    assert "kept: holds tokens of the tokenizer 'models/other' (000000000000), not of 'raster' (" in said
+    assert "their ids mean other things. Give another folder, or delete this one." in said
+
+
+@pytest.mark.parametrize("change", [{"tokenizer": replace(WIDE_RASTER.tokenizer, vocab=8)}, {"grid": (2, 2)}, {"num_classes": 5}], ids=str)
+def test_weights_of_another_raster_model(real, refused, change):
+    """A codebook, a grid or classes that are not those of the weights beside the config, which a plan does not look at."""
+    other = save_tiny(real / "other", replace(WIDE_RASTER, **change))
+    for name in ("model.safetensors", "tokenizer.safetensors"):
+        shutil.copy(real / "raster" / name, other / name)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest |= {name: part for name, part in json.loads((real / "raster/manifest.json").read_text()).items() if name != "config.yaml"}
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    if "grid" in change:  # no weight of this family tells its grid: pictures are then of another size
+        assert "data.image_size=(16, 32), but the model's grids and stride make (16, 16)" in refused(
+            "train", "va_pi.yaml", "--set", "model=other", "--out", "new"
+        )
+        return
+    said = refused("sample", "other", "--label", "0", "--out", "x.png")
+    assert "the weights do not fit Raster" in said
+    assert ("output.weight" if "tokenizer" in change else "cls_embedding.embedding_table.weight") in said
 
 
 # ---- what was saved ---------------------------------------------------------------------------------------------------------------------

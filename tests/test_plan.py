@@ -490,6 +490,28 @@ def test_data_of_a_classifier(real):
     assert label == "prompt label 2: the model knows classes 0 to 1. Give one of them."
 
 
+def test_a_classifier_by_hand(real):
+    """A convolution of 3 to 8 channels at 16x32 places, one to 4 at half the size, and two linear layers."""
+    small = ClassifierConfig(num_classes=3, image_size=(16, 32), widths=(8, 4))
+    found = plan(PretrainConfig(model=small, data=real.data, steps=7, batch=2), calibrate=False)
+    assert found.problems == ()
+    places = 16 * 32
+    one = 2 * (places * 9 * 3 * 8 + places // 4 * 9 * 8 * 4 + places // 4 * 4 * 4 + 4 * 3)
+    assert [(u.name, u.count, u.flops) for u in found.updates] == [("classifier", 7, {"train": 3 * 2 * one})]
+    weights = (9 * 3 * 8 + 3 * 8) + (9 * 8 * 4 + 3 * 4) + (places // 4 * 4 * 4 + 4) + (4 * 3 + 3)
+    assert found.parameters == {"classifier": weights}
+    assert found.memory["gradients"] == 4 * weights
+    text = format_plan(found)
+    assert "step        7 x classifier: operations: train " in text
+    assert "token" not in text
+
+
+def test_a_janus_is_not_counted(real, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "janus"}')
+    found = plan(replace(real, model=str(tmp_path)), calibrate=False)
+    assert (found.problems, found.updates) == ((), ())
+
+
 # ---- what VA-pi lacks -------------------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -10,15 +11,20 @@ from scipy import stats
 from torch import Tensor
 
 from tabular import InstantJudge, TabularPolicy, brightness
-from tiny import TINY, save_tiny
+from teacher_forced import TeacherForcedTabular, tokens_as_picture
+from tiny import TINY, WIDE_RASTER, save_tiny, write_pictures
+from varl.algorithms.va_pi import VAPI
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.model import fresh
 from varl.config import (
     GRPOConfig,
     MiddleStep,
+    PicturesConfig,
     PythonRewardConfig,
+    ReconstructionConfig,
     RunConfig,
     TrainConfig,
+    VAPIConfig,
     VARRLConfig,
     WeightedReward,
     WordsConfig,
@@ -49,8 +55,10 @@ from varl.eval.gradients import (
     step_scores,
     student,
 )
+from varl.models.raster import Raster
 from varl.policies import sampling
 from varl.policies.next_scale import NextScalePolicy
+from varl.policies.raster import RasterPolicy
 from varl.probe import (
     GROUP,
     PROMPTS,
@@ -71,6 +79,7 @@ from varl.probe import (
 )
 from varl.report.summary import probe as report_section
 from varl.rng import Stream, generator
+from varl.tokenizers.vq import VQ
 from varl.types import Prompt
 
 LABELS = (Prompt(label=0), Prompt(label=1))
@@ -392,6 +401,11 @@ def exact_gradient(policy: TabularPolicy, prompt: Prompt) -> tuple[Tensor, Tenso
     """(E h_t [S, D], Var h_t [S]) of the leave-one-out gradient h of one prompt's group: a U-statistic of the kernel
     (R_a - R_b)(s_a - s_b) / 2, whose variance is 2 (2 (G - 2) zeta_1 + zeta_2) / (G (G - 1))."""
     p, reward, s = enumerated(policy, prompt)
+    return exact_of(p, reward, s)
+
+
+def exact_of(p: Tensor, reward: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """`exact_gradient` of the probabilities [Z], rewards [Z] and scores [Z, S, D] of all pictures."""
     mean = torch.einsum("z,z,zsd->sd", p, reward, s)
     one = 0.5 * ((reward - p @ reward)[:, None, None] * s + mean)
     first = torch.einsum("z,zsd->s", p, one.square()) - mean.square().sum(1)
@@ -520,6 +534,122 @@ def test_failed_rewards_are_left_out():
 
     content = measure(Probe(TabularPolicy(), InstantJudge(sometimes), LABELS), 0.0)
     assert all(row["signal_share"] is not None for row in content["steps"])
+
+
+# ---- a raster model
+
+
+def raster_policy(grid: tuple[int, int] = (2, 2)) -> RasterPolicy:
+    torch.manual_seed(0)
+    model, tokenizer = fresh(replace(WIDE_RASTER, grid=grid))
+    assert isinstance(model, Raster)
+    assert isinstance(tokenizer, VQ)
+    with torch.no_grad():
+        for weight in model.parameters():  # a fresh one is uniform, and its scores of most layers 0
+            weight.add_(0.1 * torch.randn(weight.shape))
+    return RasterPolicy(model, tokenizer)
+
+
+def test_scores_of_a_raster_model_are_each_rows_own_gradient():
+    """Of draws that share a context too, whose forward pass they then do not share."""
+    policy = raster_policy()
+    given = policy.encode(torch.rand(1, 3, 16, 16, generator=generator(0, "test")), [Prompt(label=1)])
+    drawn = policy.draw(given, Stream(seed=0, rows=(0, 1, 2)), prefix_noise=0.5)
+    projection = Projection(policy.module, size=1000)
+    scores = step_scores(policy, drawn, torch.zeros_like(drawn.step), 1, projection)
+    linear = [m.weight for m in policy.module.modules() if isinstance(m, torch.nn.Linear)]
+    for row in range(3):
+        own = torch.autograd.grad(policy.score(drawn.rows([row])).logp.sum(), linear)
+        torch.testing.assert_close(scores[row, 0], torch.cat([g.flatten() for g in own]), rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_of_a_raster_are_measured_in_stretches():
+    found = Probe(raster_policy((3, 6)), InstantJudge(brightness), LABELS)
+    found.plain(0)
+    assert found.starts == [0, 2, 4, 6, 9, 11, 13, 15]
+    assert found.tokens() == [2.0, 2.0, 2.0, 3.0, 2.0, 2.0, 2.0, 3.0]
+    assert found.gradients[0].shape[0] == 8
+    assert not found.uneven
+
+
+def test_findings_of_a_raster_model():
+    content = measure(Probe(raster_policy((1, 2)), InstantJudge(brightness), LABELS), 0.0)
+    json.dumps(content, allow_nan=False)
+    assert [row["tokens"] for row in content["steps"]] == [1, 1]
+    assert [row["m"] for row in content["variance_share"]] == [1]
+    assert content["alpha"] == []
+    assert (content["all_steps"], content["recommend"]["panw_alpha"]) == (2, None)
+    assert "panw_alpha: every step draws as many tokens, so no exponent changes anything." in content["recommendations"]
+
+
+# ---- draws in context
+
+
+def in_context(noise: float = 0.25) -> Probe:
+    """Of two pictures, which the policy reads as their labels' tokens."""
+    policy = TeacherForcedTabular(tokens=3, vocab=3, spread=1.0)
+    own = torch.tensor([[0, 1, 2], [2, 2, 0]])
+
+    def pictures(prompts):
+        return tokens_as_picture(own[[prompt.label - 1 for prompt in prompts]], 3)
+
+    algorithm = VAPI(VAPIConfig(prefix_noise=noise, drop_condition=0.0), pictures)
+    return Probe(policy, InstantJudge(brightness), (Prompt(label=1), Prompt(label=2)), in_context=algorithm)
+
+
+def test_signal_and_noise_in_context_cover_what_enumeration_says():
+    """Of every context that the noise can make with a picture's tokens, all 27 draws. A batch holds both pictures, in one context each."""
+    found = in_context(noise=0.0)
+    policy, signal, variance = found.policy, [], []
+    assert isinstance(policy, TeacherForcedTabular)
+    for prompt in found.plain_prompts.prompts:
+        assert found.in_context is not None
+        given = policy.encode(found.in_context.pictures([prompt]), [prompt])
+        actions = torch.cartesian_prod(*[torch.arange(3)] * 3)
+        every = replace(policy.given([prompt] * 27, actions, range(27)), context=given.actions.repeat(27, 1), state=None)
+        scores = step_scores(policy, every, torch.zeros_like(every.step), 1, Projection(policy.module)).double()
+        p = policy.score(every).logp.detach().sum(1).exp().double()
+        mean, var = exact_of(p, brightness(policy.decode(every), ()).double(), scores)
+        signal.append(mean)
+        variance.append(var)
+    for _ in range(120):
+        found.round()
+    exact = ((signal[0] + signal[1]) / 2).square().sum() / (torch.stack(variance).sum() / 4)
+    ratio = estimate(snr(found.moments(), torch.ones(1)))
+    assert covers(ratio, float(exact))
+    assert ratio.high - ratio.low < 0.7 * ratio.value
+
+
+def test_findings_in_context():
+    content = measure(in_context(), 0.0)
+    json.dumps(content, allow_nan=False)
+    assert content["in_context"]
+    assert content["batches"] == 6
+    assert content["images"] == 6 * PROMPTS * GROUP
+    assert content["steps"] == content["variance_share"] == content["alpha"] == []
+    assert content["recommend"]["middle_step"] is None
+    said = content["recommendations"]
+    assert len(said) == 4
+    assert said[0].startswith("A plain batch of 32 pictures has SNR")
+    assert said[2].startswith("num_generations")
+    assert said[3].startswith("All tokens of a picture were drawn at once in the context of a real one")
+    assert report_section(content)["charts"] == []
+
+
+def test_probe_of_va_pi(tmp_path):
+    config = RunConfig(
+        model=str(save_tiny(tmp_path / "model", WIDE_RASTER)),
+        data=PicturesConfig(path=str(write_pictures(tmp_path / "pictures")), image_size=(16, 32)),
+        rewards={"mse": WeightedReward(reward=ReconstructionConfig(lpips_weight=0.0))},
+        algorithm=VAPIConfig(),
+        train=TrainConfig(device="cpu"),
+    )
+    content = probe(config, tmp_path / "run", minutes=0.0)
+    assert content["in_context"]
+    found = {**content, "recommend": {**content["recommend"], "num_generations": 32, "num_generations_range": [20.0, 40.0]}}
+    (said,) = contradictions(config, found)
+    assert said == "num_generations=8: the probe of this model found 10 to 80 better."
+    assert contradictions(replace(config, algorithm=GRPOConfig(num_generations=8)), found) == [], "of other draws than these"
 
 
 def words_config(folder, algorithm: GRPOConfig | VARRLConfig = GRPOConfig()) -> RunConfig:

@@ -6,9 +6,9 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -17,11 +17,12 @@ from torch import Tensor
 from varl.algorithms.advantages import sibling_advantages
 from varl.algorithms.grpo import repeated
 from varl.algorithms.panw import panw_weights
+from varl.algorithms.va_pi import VAPI
 from varl.algorithms.var_rl import FURTHER
 from varl.algorithms.vmr import best_continuations, middle_step, variance_parts
-from varl.build import build_judge, build_policy, build_prompts, model_path, needs_reference
+from varl.build import build_algorithm, build_judge, build_policy, build_prompts, model_path, needs_reference
 from varl.checkpoints import hugging_face
-from varl.config import RunConfig, VARRLConfig
+from varl.config import RunConfig, VAPIConfig, VARRLConfig
 from varl.data.sampler import PromptSampler
 from varl.errors import ConfigError, NumericsError
 from varl.eval.gradients import (
@@ -47,7 +48,7 @@ from varl.eval.gradients import (
 from varl.plan import device_of
 from varl.report.page import finite
 from varl.rng import Stream
-from varl.types import BranchingPolicy, Judge, Layout, Policy, Prompt, Rollout
+from varl.types import BranchingPolicy, Judge, Layout, Policy, Prompt, Rollout, TeacherForcedPolicy
 
 PROMPTS, GROUP = 2, 16
 """A batch of the pool: many small batches give the sharpest intervals."""
@@ -131,15 +132,25 @@ def judged(policy: Policy, judge: Judge, whole: Rollout) -> Float[Tensor, " B"]:
 
 class Probe:
     """What was measured so far, of one policy and reward. Every round draws at its own addresses, so that more time adds rounds and
-    changes none."""
+    changes none. With `in_context` pictures are not drawn freely but as it draws them, each token in the context of a real picture; all of
+    them at once, so that there are no steps to tell apart."""
 
-    def __init__(self, policy: Policy, judge: Judge, prompts: Sequence[Prompt], *, seed: int = 0, rows: int = PROMPTS * GROUP) -> None:
-        self.policy, self.judge, self.seed, self.rows = policy, judge, seed, rows
+    def __init__(
+        self,
+        policy: Policy,
+        judge: Judge,
+        prompts: Sequence[Prompt],
+        *,
+        in_context: VAPI | None = None,
+        seed: int = 0,
+        rows: int = PROMPTS * GROUP,
+    ) -> None:
+        self.policy, self.judge, self.in_context, self.seed, self.rows = policy, judge, in_context, seed, rows
         self.projection = Projection(policy.module, seed=seed)
         self.plain_prompts = PromptSampler(prompts, seed=seed, per_step=PROMPTS)
         self.nested_prompts = PromptSampler(prompts, seed=seed, per_step=NESTED_PROMPTS)
         steps = policy.layout.steps
-        self.parts = steps if steps <= MOST_PARTS else PARTS
+        self.parts = 1 if in_context else steps if steps <= MOST_PARTS else PARTS
         self.starts = [steps * part // self.parts for part in range(self.parts)]
         """First step of each part."""
         self.sizes = torch.zeros(steps)
@@ -147,7 +158,8 @@ class Probe:
         self.rounds = 0
         self.gradients: list[Tensor] = []
         self.halves: list[Tensor] = []
-        self.nested = {m: Nested() for m in self.starts[1:]} if isinstance(policy, BranchingPolicy) else {}
+        branches = isinstance(policy, BranchingPolicy) and not in_context
+        self.nested = {m: Nested() for m in self.starts[1:]} if branches else {}
 
     @property
     def least_rounds(self) -> int:
@@ -171,8 +183,8 @@ class Probe:
         """A batch gradient with leave-one-out advantages, and for the prompts' own means two independent half groups of each."""
         prompts = self.plain_prompts.at(number)
         rng = Stream(seed=self.seed, path=("probe", "plain", number), rows=tuple(range(PROMPTS)))
-        rollout = self.policy.rollout(repeated(prompts, GROUP), rng.repeat(GROUP))
-        value = judged(self.policy, self.judge, rollout)
+        rollout, asked = self._drawn(prompts, rng), repeated(prompts, GROUP)
+        value = judged(self.policy, self.judge, replace(rollout, prompts=asked))
         scores = torch.cat([self._scores(rollout.rows(range(i, min(i + self.rows, len(value))))) for i in range(0, len(value), self.rows)])
         self.sizes = torch.bincount(rollout.step.flatten().cpu().long(), minlength=len(self.sizes)) / len(value)
         gradient = batch_gradient(leave_one_out(value.view(PROMPTS, GROUP)).flatten(), scores)
@@ -182,6 +194,12 @@ class Probe:
         cross = first @ second.mT
         self.gradients.append(gradient.cpu())
         self.halves.append(((cross + cross.mT) / 2).mean(0).cpu())
+
+    def _drawn(self, prompts: Sequence[Prompt], rng: Stream) -> Rollout:
+        """GROUP pictures of each prompt."""
+        if self.in_context:
+            return self.in_context.draw(cast(TeacherForcedPolicy, self.policy), prompts, rng, GROUP)[1]
+        return self.policy.rollout(repeated(prompts, GROUP), rng.repeat(GROUP))
 
     def nest(self, number: int, m: int) -> None:
         """Several continuations of several prefixes of each prompt."""
@@ -193,7 +211,7 @@ class Probe:
         return step_scores(self.policy, rollout, self._part(rollout.step), self.parts, self.projection)
 
     def _part(self, step: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
-        return torch.bucketize(step.long(), torch.tensor(self.starts[1:], device=step.device), right=True)
+        return torch.bucketize(step.long(), torch.tensor(self.starts[1:], dtype=torch.long, device=step.device), right=True)
 
     # -- what the pool says ------------------------------------------------------------------------------------------------------------
 
@@ -218,6 +236,11 @@ class Probe:
     def tokens(self) -> list[float]:
         return torch.zeros(self.parts).index_add(0, self._parts_of_steps(), self.sizes).tolist()
 
+    @property
+    def uneven(self) -> bool:
+        """Whether some steps draw more tokens than others, which is what PANW weighs by."""
+        return bool((self.sizes != self.sizes[0]).any())
+
     def _parts_of_steps(self) -> Int[Tensor, " T"]:
         return self._part(torch.arange(len(self.sizes))[None])[0]
 
@@ -234,7 +257,7 @@ def findings(probe: Probe) -> dict[str, Any]:
     """All of probe.json but the model's identity. Intervals are 95 %; null is unbounded."""
     m, plain, batch = probe.moments(), torch.ones(probe.parts), PROMPTS * GROUP
     ratio = estimate(snr(m, plain))
-    alphas = compared(m, {alpha: probe.alpha_weights(alpha) for alpha in ALPHAS})
+    alphas = compared(m, {alpha: probe.alpha_weights(alpha) for alpha in ALPHAS}) if probe.uneven else {}
     prefixes = compared(m, {**{start: probe.prefix_weights(start) for start in probe.starts[1:]}, probe.policy.layout.steps: plain})
     alpha = mildest(alphas, 0.0)
     weight = plain if alpha is None else probe.alpha_weights(alpha)
@@ -250,8 +273,10 @@ def findings(probe: Probe) -> dict[str, Any]:
         "images": probe.images,
         "batches": len(probe.gradients),
         "batch": batch,
+        "in_context": probe.in_context is not None,
         "grids": probe.policy.layout.grids,
-        "steps": step_rows(probe, m),
+        "all_steps": probe.policy.layout.steps,
+        "steps": [] if probe.in_context else step_rows(probe, m),
         "snr": ratio.value,
         "snr_interval": [ratio.low, ratio.high],
         "images_for_unit_snr": needed.value,
@@ -271,7 +296,7 @@ def findings(probe: Probe) -> dict[str, Any]:
         },
         "recommend": {
             "panw_alpha": alpha,
-            "panw_alpha_range": as_range(alphas),
+            "panw_alpha_range": as_range(alphas) if alphas else None,
             "middle_step": middle,
             "middle_step_range": as_range(prefixes),
             "num_continuations": chosen.continuations if chosen else 1,
@@ -282,12 +307,17 @@ def findings(probe: Probe) -> dict[str, Any]:
     }
     content["recommendations"] = [
         say_signal(ratio, needed, batch, alpha),
-        say_alpha(alphas, alpha),
+        say_alpha(alphas, alpha) if alphas else "panw_alpha: every step draws as many tokens, so no exponent changes anything.",
         *say_prefix(prefixes, cut, nested, quarter),
         *(say_continuations(start, s) for start, s in nested.items() if s is chosen),
         say_group(group),
     ]
-    if not probe.nested:
+    if probe.in_context:
+        content["recommendations"].append(
+            "All tokens of a picture were drawn at once in the context of a real one, as va_pi draws them: no step comes before another, "
+            "so there is no middle step and nothing to continue. This is the gradient of the reward alone; the prior is not in it."
+        )
+    elif not probe.nested:
         content["recommendations"].append(
             f"{type(probe.policy).__name__} cannot stop half-way and go on several times, so the share of reward variance settled by each "
             "step, and with it K, were not measured."
@@ -479,11 +509,12 @@ def probe(config: RunConfig, out: Path, *, minutes: float = 3.0, tick: Tick = la
     model = model_identity(model_path(config.model))
     policy = build_policy(config, device, reference=needs_reference(config.algorithm))
     prompts = build_prompts(config.data, config.seed, config.eval.samples)
+    algorithm = build_algorithm(config.algorithm, cast(Policy, policy), prompts.pictures)
+    in_context, rows = algorithm if isinstance(algorithm, VAPI) else None, config.train.rollouts_per_backward
     judge = build_judge(config, prompts.pictures)
     try:
-        content = measure(
-            Probe(policy, judge, prompts.train, seed=config.seed, rows=config.train.rollouts_per_backward), 60 * minutes, tick
-        )
+        found = Probe(policy, judge, prompts.train, in_context=in_context, seed=config.seed, rows=rows)
+        content = measure(found, 60 * minutes, tick)
     finally:
         judge.close()
     grpo = config.algorithm.grpo
@@ -514,8 +545,11 @@ def model_identity(folder: Path) -> str:
 
 
 def contradictions(config: RunConfig, probe: Mapping[str, Any]) -> list[str]:
-    """Settings that a probe of the same model found worse, beyond its error, each in a sentence; none if it is of another model."""
+    """Settings that a probe of the same model found worse, beyond its error, each in a sentence; none if it is of another model, or of
+    pictures that were drawn freely and not in context, or the other way round."""
     if probe.get("model") != model_identity(model_path(config.model)):
+        return []
+    if probe.get("in_context", False) != isinstance(config.algorithm, VAPIConfig):
         return []
     two_stage = config.algorithm
     grpo = two_stage.grpo
@@ -528,7 +562,7 @@ def contradictions(config: RunConfig, probe: Mapping[str, Any]) -> list[str]:
         return said
     grids = tuple((h, w) for h, w in probe["grids"])
     try:
-        m = middle_step(two_stage.middle_step, Layout(grids=grids, steps=len(grids)))
+        m = middle_step(two_stage.middle_step, Layout(grids=grids, steps=probe.get("all_steps", len(grids))))
     except ConfigError:  # another's to report
         return said
     said += outside("middle_step", m, recommend["middle_step_range"])

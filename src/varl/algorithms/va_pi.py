@@ -63,9 +63,7 @@ class VAPI:
 
         def draw() -> Iterator[tuple[tuple[Rollout, Rollout, Stream], Rollout]]:
             for some, address in chunks(prompts, rng, max(1, config.grpo.rollouts_per_chunk // group)):
-                gone = address.at("condition").uniform() < config.drop_condition
-                given = teacher.encode(self.pictures(some), without_condition(some, gone.tolist()))
-                drawn = teacher.draw(given, address.repeat(group), prefix_noise=config.prefix_noise)
+                given, drawn = self.draw(teacher, some, address, group)
                 yield (given, drawn, address), replace(drawn, prompts=repeated(some, group))
 
         for pieces in batched(judged(policy, judge, draw()), config.grpo):
@@ -75,6 +73,12 @@ class VAPI:
             for ((given, drawn, _), _), batch in zip(pieces, credited, strict=True):
                 metrics = {**batch.metrics, "judged": float(len(drawn))}
                 yield replace(with_own_tokens(batch, given, group), metrics=metrics)
+
+    def draw(self, policy: TeacherForcedPolicy, prompts: Sequence[Prompt], rng: Stream, group: int) -> tuple[Rollout, Rollout]:
+        """(the prompts' pictures as their own tokens, `group` draws in the context of each), a share of them without their condition."""
+        gone = rng.at("condition").uniform() < self.config.drop_condition
+        given = policy.encode(self.pictures(prompts), without_condition(prompts, gone.tolist()))
+        return given, policy.draw(given, rng.repeat(group), prefix_noise=self.config.prefix_noise)
 
     def objective(self, policy: Policy, batch: TrainBatch) -> tuple[Float[Tensor, ""], dict[str, float]]:
         """GRPO's on the draws, plus prior_weight * G * sum of log-probs of the pictures' own tokens: divided by the P * G * L tokens that

@@ -8,7 +8,10 @@ import torch
 from varl.algorithms.var_rl import VARRL
 from varl.build import build_algorithm, new_policy
 from varl.config import ClassifierConfig, FolderConfig, PicturesConfig, PretrainConfig, RunConfig, WordsConfig
+from varl.models.classifier import Classifier
 from varl.plan.cost import (
+    classifier_memory,
+    classifier_updates,
     device_memory,
     device_of,
     matmul_speed,
@@ -99,7 +102,16 @@ def _of_pretraining(config: PretrainConfig, calibrate: bool) -> Plan:
     check_prompts(problems, data_of(problems, config.data, "pretrain").prompts, config.model)
     check_size(problems, config.data, config.model)
     if isinstance(config.model, ClassifierConfig):
-        return Plan(problems=tuple(problems))
+        with torch.device("meta"):
+            classifier = Classifier(config.model)
+        plan = Plan(
+            problems=tuple(problems),
+            parameters={"classifier": weights_of(classifier)},
+            memory=classifier_memory(config, classifier),
+            available=device_memory(device),
+            updates=classifier_updates(config, classifier),
+        )
+        return _finished(plan, device, config.dtype, max(config.model.widths), calibrate)
     family = family_of(config.model)
     plan = Plan(
         problems=tuple(problems),

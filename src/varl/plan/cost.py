@@ -11,7 +11,8 @@ from torch import nn
 from varl.build import needs_reference
 from varl.config import OptimConfig, PretrainConfig, RunConfig, VAPIConfig, VARRLConfig
 from varl.errors import ConfigError
-from varl.plan.families import Family, autoencoder_cost, decoder_cost, encoder_cost
+from varl.models.classifier import Classifier
+from varl.plan.families import Family, autoencoder_cost, classifier_cost, decoder_cost, encoder_cost
 from varl.policies.sampling import CHUNK_ELEMENTS
 from varl.train.optim import build_optimizer
 
@@ -249,3 +250,16 @@ def pretraining_memory(config: PretrainConfig, family: Family) -> dict[str, int]
     tokenizer_phase = {"activations": config.tokenizer_batch * autoencoder_cost(family).saved * size // 4}
     transformer_phase = training_bytes(family, family.layout.steps, config.batch, size)
     return held(memory | max(tokenizer_phase, transformer_phase, key=lambda part: sum(part.values())))
+
+
+def classifier_updates(config: PretrainConfig, classifier: Classifier) -> tuple[Update, ...]:
+    flops = FORWARD_AND_BACKWARD * config.batch * classifier_cost(classifier).flops
+    return (Update(name="classifier", count=config.steps, judged=0, drawn=0, trained=0, flops={"train": flops}),)
+
+
+def classifier_memory(config: PretrainConfig, classifier: Classifier) -> dict[str, int]:
+    """Bytes by part; it is trained in fp32."""
+    weights = 4 * weights_of(classifier)
+    activations = config.batch * classifier_cost(classifier).saved
+    optimizer = optimizer_bytes(classifier, config.optim)
+    return {"weights": weights, "gradients": weights, "optimizer": optimizer, "activations": activations}

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from varl.checkpoints.model import OwnPair, fresh
+from varl.checkpoints.model import OwnPair, Pair, fresh
 from varl.config import ActingConfig, JanusConfig, ModelConfig, NextScaleConfig, RasterConfig
+from varl.models.classifier import Classifier
 from varl.models.janus import Janus
 from varl.models.next_scale import NextScale
 from varl.models.raster import Condition, Raster
@@ -234,3 +235,12 @@ def autoencoder_cost(family: Family) -> Cost:
     """One picture through encoder and decoder."""
     tokenizer, picture = family.tokenizer, (1, 3, *family.model.config.image_size)
     return cost(lambda: tokenizer.render(tokenizer.features(torch.empty(picture))), tokenizer)
+
+
+# ---- classifiers ------------------------------------------------------------------------------------------------------------------------
+
+
+def classifier_cost(classifier: Classifier) -> Cost:
+    """One picture to its classes."""
+    picture = (1, 3, *classifier.config.image_size)
+    return cost(lambda: classifier.classify(classifier(torch.empty(picture))), classifier)

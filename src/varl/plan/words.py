@@ -52,7 +52,9 @@ def format_plan(plan: Plan) -> str:
     """The plan as text, one fact a line."""
     rows = [("problem", line) for line in plan.problems]
     if plan.layout is not None and plan.updates:
-        rows += _cost_rows(plan, plan.layout)
+        rows += _picture_rows(plan, plan.layout)
+    if plan.updates:
+        rows += _cost_rows(plan)
     rows += [("reward", line) for line in plan.rewards]
     rows += [("warning", line) for line in plan.warnings]
     if not plan.problems:
@@ -60,7 +62,7 @@ def format_plan(plan: Plan) -> str:
     return "\n".join(f"{name:<12}{line}" for name, line in rows)
 
 
-def _cost_rows(plan: Plan, layout: Layout) -> Iterable[tuple[str, str]]:
+def _picture_rows(plan: Plan, layout: Layout) -> Iterable[tuple[str, str]]:
     grids = ", ".join(f"{h}x{w}" for h, w in layout.grids)
     scales = layout.steps == len(layout.grids)
     yield "picture", f"{layout.tokens} tokens on {layout.steps} scales: {grids}" if scales else f"{layout.tokens} tokens, {grids}"
@@ -69,13 +71,17 @@ def _cost_rows(plan: Plan, layout: Layout) -> Iterable[tuple[str, str]]:
     elif plan.middle_step is not None:
         held = f"scales hold {plan.prefix_share:.1%} of the tokens" if scales else f"tokens are {plan.prefix_share:.1%} of the picture"
         yield "prefix", f"the first {plan.middle_step} {held}"
+
+
+def _cost_rows(plan: Plan) -> Iterable[tuple[str, str]]:
     for u in plan.updates:
         flops = ", ".join(f"{phase} {flops:.2e}" for phase, flops in u.flops.items())
         drawn = f"{u.judged:,} pictures judged, {u.drawn:,} tokens drawn, " if u.judged else ""
-        yield "step", f"{u.count:,} x {u.name}: {drawn}{u.trained:,} tokens trained on; operations: {flops}"
-    judged, drawn = plan.total(lambda u: u.judged), plan.total(lambda u: u.drawn)
-    made = f"{judged:,.0f} pictures and reward calls, {drawn:,.0f} tokens drawn, " if judged else ""
-    yield "run", f"{plan.total(lambda u: 1):,.0f} steps, {made}{plan.total(lambda u: u.trained):,.0f} tokens trained on"
+        trained = f"{u.trained:,} tokens trained on; " if u.trained else ""
+        yield "step", f"{u.count:,} x {u.name}: {drawn}{trained}operations: {flops}"
+    judged, drawn, trained = (plan.total(lambda u, name=name: getattr(u, name)) for name in ("judged", "drawn", "trained"))
+    made = f", {judged:,.0f} pictures and reward calls, {drawn:,.0f} tokens drawn" if judged else ""
+    yield "run", f"{plan.total(lambda u: 1):,.0f} steps{made}" + (f", {trained:,.0f} tokens trained on" if trained else "")
     yield "parameters", ", ".join(f"{name} {number:,}" for name, number in plan.parameters.items())
     parts = ", ".join(f"{name} {in_bytes(number)}" for name, number in plan.memory.items())
     yield "memory", f"about {in_bytes(sum(plan.memory.values()))} of {in_bytes(plan.available)}: {parts}"
