@@ -251,12 +251,7 @@ def released_sizes() -> list[list[object]]:
 # ---- drawing freely ---------------------------------------------------------------------------------------------------------------------
 
 GUIDED = LawConfig(cfg_scale=(2.0,))
-DECODED = {
-    "narrow, 256 tokens": (6, 128, 2, 16),
-    "wide, 256 tokens": (6, 384, 6, 16),
-    "narrow, 576 tokens": (4, 128, 2, 24),
-    "576 tokens": (4, 256, 4, 24),
-}
+DECODED = {"256 tokens": (6, 128, 2, 16), "576 tokens": (2, 256, 4, 24)}
 """Depth, width, heads and grid."""
 
 
@@ -264,7 +259,7 @@ DECODED = {
 def plain_loop(policy: RasterPolicy, labels: Tensor, uniform: Tensor) -> Tensor:
     """Tokens drawn with a cache that is made anew, one token longer, at every step, and one pass for each branch of the guidance."""
     model, (scale,) = policy.module, policy.sample_law.cfg_scale
-    branches = [labels, torch.full_like(labels, model.cls_embedding.embedding_table.num_embeddings - 1)]
+    branches = [labels, torch.full_like(labels, model.config.num_classes or 0)]
     caches: list[list[tuple[Tensor, Tensor] | None]] = [[None] * len(model.layers) for _ in branches]
     ids: list[Tensor] = []
     for at in range(uniform.shape[1]):
@@ -355,7 +350,7 @@ def copy_speed(device: torch.device) -> float:
 
 
 def main() -> None:
-    given = arguments(__doc__, 6.0, model=None)
+    given = arguments(__doc__ or "", 6.0, model=None)
     budget = 60 * given.minutes / 2
     print(f"## VA-pi step\n\n{machine(given.device)}.")
     print("Medians (quartiles) of alternating runs; seconds of this process's own time on a CPU.\n")
@@ -375,7 +370,7 @@ def main() -> None:
     head = ["model", "rounds", "plain loop, s", "ours, s", "plain / ours", "same tokens"]
     print(table(head, drawing(given.device, budget)))
 
-    print("### Released sizes, real weights' shapes, on a GPU\n")
+    print("### The released sizes, random weights, on a GPU\n")
     if given.device.type != "cuda":
         print("Not measured on a GPU.")
         return

@@ -4,6 +4,8 @@ from itertools import combinations_with_replacement, permutations, product
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from tabular import InstantJudge, TabularPolicy, brightness, gradients, pick
 from teacher_forced import TeacherForcedTabular, tokens_as_picture
@@ -13,9 +15,11 @@ from varl.build import build_algorithm
 from varl.config import GRPOConfig, LawConfig, RasterConfig, ReconstructionConfig, RunConfig, VAPIConfig, VQConfig
 from varl.errors import ConfigError
 from varl.models.raster import Raster
+from varl.policies import sampling
 from varl.policies.raster import RasterPolicy, corrupt
 from varl.rewards.reconstruction import ReconstructionReward, mean_squared_error
 from varl.rng import Stream
+from varl.tokenizers import vq
 from varl.tokenizers.vq import VQ
 from varl.types import Algorithm, Judgement, Prompt, Score, TeacherForcedPolicy
 
@@ -325,22 +329,61 @@ def test_chunks_micro_batches_and_ranks_change_nothing(beta):
     close(gradient(99, 99, ranks=2), whole, rtol=1e-6)
 
 
-def test_a_raster_model_has_the_gradient_of_one_forward_pass_for_each_row():
+def raster_policy(vocab):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tokenizer = VQConfig(vocab=10, channels=4, latent=4, width=8, multipliers=(1, 2), blocks=1, attention=False)
+        tokenizer = VQConfig(vocab=vocab, channels=4, latent=4, width=8, multipliers=(1, 2), blocks=1, attention=False)
         config = RasterConfig(depth=2, width=16, heads=2, grid=(2, 3), mlp_width=24, num_classes=5, tokenizer=tokenizer)
         policy = RasterPolicy(Raster(config), VQ(tokenizer))
         for weight in policy.module.parameters():
             torch.nn.init.normal_(weight, std=0.3)
+    return policy
+
+
+def va_pi_on_noise():
     real = torch.rand(3, 3, 4, 6, generator=torch.Generator().manual_seed(1))
-    algorithm = VAPI(VAPIConfig(grpo=GRPO4, prefix_noise=0.5), lambda prompts: real[: len(prompts)])
+    return VAPI(VAPIConfig(grpo=GRPO4, prefix_noise=0.5), lambda prompts: real[: len(prompts)])
+
+
+def test_a_raster_model_has_the_gradient_of_one_forward_pass_for_each_row():
+    policy, algorithm = raster_policy(vocab=10), va_pi_on_noise()
     (piece,) = collected(algorithm, policy)
     objective, metrics = algorithm.objective(policy, piece)
     assert metrics["sampling/sampling_logp_difference/max"] < 1e-5
     assert metrics["prior/nll"] > 0.5
     rows = total(algorithm, policy, piece.split(1))
     close(gradients(policy, objective / 72), gradients(policy, rows), rtol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that any operation returned."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for part in tree_flatten(out)[0]:
+            if isinstance(part, torch.Tensor):
+                self.numbers = max(self.numbers, part.numel())
+        return out
+
+
+@pytest.mark.parametrize("sliced", [False, True])
+def test_no_tensor_holds_the_logits_of_every_draw(monkeypatch, sliced):
+    vocab, tokens, pictures = 512, 6, 3
+    policy, algorithm = raster_policy(vocab), va_pi_on_noise()
+    weights = vocab * 16
+    if sliced:
+        monkeypatch.setattr(sampling, "CHUNK_ELEMENTS", tokens * vocab)
+        monkeypatch.setattr(vq, "SEARCH_ELEMENTS", tokens * vocab)
+    with Largest() as step:
+        (piece,) = collected(algorithm, policy)
+        total(algorithm, policy, [piece]).backward()
+    assert step.numbers == (weights if sliced else pictures * tokens * vocab)
+    drawn = policy.rollout(piece.rollout.prompts, RNG.repeat(5))
+    with Largest() as apart:
+        policy.score(drawn).logp.sum().backward()
+    assert apart.numbers == (weights if sliced else 15 * tokens * vocab), "what it would be, had every row a context of its own"
 
 
 # ---- the two terms alone
