@@ -402,7 +402,7 @@ def test_its_config_is_the_yaml_it_writes(kind, configs):
 
 
 def test_letters_are_of_the_faces_of_their_split():
-    data = GlyphsConfig(fonts=("matplotlib",), image_size=(16, 16), letters="ABX", split="reward")
+    data = GlyphsConfig(fonts=("matplotlib",), image_size=(16, 16), letters="ABX", shares=(1.0, 1.0, 0.0, 1.0), split="reward")
     config = PretrainConfig(model=ClassifierConfig(num_classes=3, image_size=(16, 16)), data=data, pictures=6)
     images, prompts, held_images, held_prompts = pictures(config)
     assert (images.shape, held_images.shape) == ((6, 3, 16, 16), (12, 3, 16, 16))

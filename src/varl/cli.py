@@ -19,7 +19,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from varl.config import LawConfig, PretrainConfig, RunConfig
+from varl.config import LawConfig, PretrainConfig, RasterConfig, RunConfig
 from varl.errors import ConfigError, VarlError
 from varl.recipes import describe, recipe
 from varl.settings import from_yaml, model_from_yaml, override
@@ -340,15 +340,18 @@ def make_report(folder: Path) -> Path:
 
 @app.command(epilog=recipes_help(PretrainConfig))
 def pretrain(target: Target, assignments: Set = None, out: Out = None, quiet: Quiet = False) -> None:
-    """Train a base model from scratch: tokenizer, then transformer. Goes on where it stopped."""
+    """Train a base model from scratch: tokenizer, then transformer; or a classifier. Goes on where it stopped."""
     config = load_as(target, assignments, PretrainConfig, "train")
     speak(quiet)
-    from varl.plan import plan
+    from varl.build import caption_encoder
+    from varl.plan import device_of, plan
 
     folder = run_folder(out, config.name)
     refuse(plan(config, calibrate=False).problems)
     from varl.pretrain.run import pretrain as run
 
+    reads = config.model.captions if isinstance(config.model, RasterConfig) else None
+    captions = None if reads is None else caption_encoder(reads, device_of(config.device))
     command = command_line("pretrain", target, assignments, folder)
     with Bar(config.total_steps, measured_line, shown=not quiet) as bar:
 
@@ -357,7 +360,7 @@ def pretrain(target: Target, assignments: Set = None, out: Out = None, quiet: Qu
                 (folder / "command.txt").write_text(f"{command}\n")
             bar.tick(metrics)
 
-        typer.echo(f"model   {run(config, folder, tick)}")
+        typer.echo(f"model   {run(config, folder, tick, captions)}")
 
 
 @app.command()

@@ -5,7 +5,7 @@
 
 Module and parameter names are those of the released checkpoints. The grid need not be square."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -197,7 +197,7 @@ class Raster(nn.Module):
         return model
 
     @property
-    def blocks(self) -> Sequence[Block]:
+    def blocks(self) -> Iterable[Block]:
         """What is split over processes, one by one."""
         return self.layers
 

@@ -1,7 +1,7 @@
 """What pre-training asks of a family of models; each family answers in a file of its own."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ Fit = tuple[Float[Tensor, "b L"], Bool[Tensor, "b L"]]
 """-log p of each token in nats, and whether no other value was more probable."""
 
 
+@runtime_checkable
 class Family(Protocol):
     """A model and its tokenizer."""
 

