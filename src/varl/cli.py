@@ -22,7 +22,7 @@ from rich.table import Column, Table
 from varl.config import LawConfig, PretrainConfig, RasterConfig, RunConfig
 from varl.errors import ConfigError, VarlError
 from varl.recipes import describe, recipe
-from varl.settings import from_yaml, model_from_yaml, override
+from varl.settings import from_yaml, override
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -414,15 +414,14 @@ def eval_words(
     if unknown:
         raise ConfigError(f"--judges {judges!r}: unknown {', '.join(unknown)}. Use tesseract, rapidocr or auto.")
     from varl.build import build_prompts
-    from varl.checkpoints.folder import load_config
+    from varl.sample import config_of, find_model, load_policy, words_of
     from varl.sample import evaluate as measure
-    from varl.sample import find_model, load_policy, words_of
 
     path = find_model(target)
     run = path.parent if path == Path(target) / "model" else None
     file = out or (run or Path()) / "eval.json"
     demand_file(file)
-    data = load(str(run / "config.yaml"), ()).data if run else words_of(model_from_yaml(load_config(path)))
+    data = load(str(run / "config.yaml"), ()).data if run else words_of(config_of(path))
     heldout = build_prompts(data, 0, samples).heldout
     if not heldout:
         raise ConfigError(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from varl.build import model_path, new_policy
+from varl.checkpoints import janus
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.folder import load_config
 from varl.config import ActingConfig, LawConfig, NextScaleConfig, OCRConfig, WordsConfig
@@ -43,10 +44,17 @@ def find_model(name: str) -> Path:
 
 def model_at(name: str) -> Path | None:
     """`find_model`, or None where there is no model."""
+    if Path(name).suffix == ".npz":  # and not the name of a model on the hub
+        return None
     try:
         return find_model(name)
     except ConfigError:
         return None
+
+
+def config_of(model: Path) -> ActingConfig:
+    """Of a model folder; no weight is loaded."""
+    return janus.without_memory(model)[0].config if janus.is_janus(model) else model_from_yaml(load_config(model))
 
 
 def usual_device() -> torch.device:
@@ -138,7 +146,7 @@ def plan_drawing(
     model: Path, law: LawConfig, *, count: int, seed: int, side: int | None, dtype: Literal["float32", "bfloat16"], prompts: Path | None
 ) -> Drawing:
     """Read off the model's config; no weight is loaded. Without `prompts`, a folder, the model's classes are asked for."""
-    config = model_from_yaml(load_config(model))
+    config = config_of(model)
     height, width = config.image_size
     if side is not None and height != width:
         raise ConfigError(f"--size {side}: this model's pictures are {height}x{width} (height x width), no squares. Leave it out.")
