@@ -197,9 +197,9 @@ class Raster(nn.Module):
         return model
 
     @property
-    def blocks(self) -> Sequence[Block]:
+    def blocks(self) -> nn.ModuleList:
         """What is split over processes, one by one."""
-        return self.layers
+        return self.layers  # type: ignore[return-value]
 
     # -- what is asked -----------------------------------------------------------------------------------------------------------------
 
