@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from varl.config import JanusConfig
-from varl.models.layers import KVCache
+from varl.models.layers import KVCache, autocasts
 from varl.models.raster import Condition, attention_mask
 
 
@@ -47,7 +47,7 @@ class Janus(nn.Module):
         return self._whole[0]
 
     @property
-    def blocks(self) -> Sequence[nn.Module]:
+    def blocks(self) -> nn.ModuleList:
         """What is split over processes, one by one."""
         return self.language_model.layers
 
@@ -129,9 +129,9 @@ class Janus(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "B l D"]) -> Float[Tensor, "B l V"]:
         """In fp32: the last product is not autocast, for log-probabilities in bf16 are off by hundredths of a nat."""
-        head, device = self.generation_head, hidden.device.type
+        head = self.generation_head
         inner = head.activation_fn(head.proj_out(hidden))
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        with torch.autocast(hidden.device.type, enabled=False) if autocasts(hidden.device) else nullcontext():
             return head.vision_head(inner.float())
 
 

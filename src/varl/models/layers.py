@@ -5,6 +5,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for tensors of `device`. The meta device, which no weights are loaded on, knows of none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 class KVCache:
     """Static keys and values of every block, [B, heads, L, d], written in the order of the tokens. `fork` copies only what is written."""
 
@@ -15,7 +20,7 @@ class KVCache:
     def empty(cls, depth: int, shape: tuple[int, int, int, int], weight: Tensor) -> "KVCache":
         """On the device of `weight`, in the precision that it computes in."""
         device = weight.device
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
+        dtype = torch.get_autocast_dtype(device.type) if autocasts(device) else weight.dtype
         keys, values = ([torch.empty(shape, device=device, dtype=dtype) for _ in range(depth)] for _ in range(2))
         return cls(keys, values)
 
