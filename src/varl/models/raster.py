@@ -197,11 +197,7 @@ class Raster(nn.Module):
         return model
 
     @property
-<<<<<<< HEAD
-    def blocks(self) -> Iterable[Block]:
-=======
     def blocks(self) -> nn.ModuleList:
->>>>>>> c9006b6715ee20efc0f379030dca36972fcd15e6
         """What is split over processes, one by one."""
         return self.layers  # type: ignore[return-value]
 
