@@ -7,6 +7,7 @@ Module and parameter names are those of the released checkpoints. The grid need 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -197,9 +198,9 @@ class Raster(nn.Module):
         return model
 
     @property
-    def blocks(self) -> Sequence[Block]:
+    def blocks(self) -> nn.ModuleList:
         """What is split over processes, one by one."""
-        return self.layers
+        return cast(nn.ModuleList, self.layers)
 
     # -- what is asked -----------------------------------------------------------------------------------------------------------------
 
