@@ -7,6 +7,7 @@ Module and parameter names are those of the released checkpoints. The grid need 
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -199,7 +200,7 @@ class Raster(nn.Module):
     @property
     def blocks(self) -> nn.ModuleList:
         """What is split over processes, one by one."""
-        return self.layers  # type: ignore[return-value]
+        return cast(nn.ModuleList, self.layers)
 
     # -- what is asked -----------------------------------------------------------------------------------------------------------------
 
