@@ -5,7 +5,7 @@
 
 Module and parameter names are those of the released checkpoints. The grid need not be square."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
