@@ -32,17 +32,13 @@ from varl.types import Prompt
 COPIES = 342
 """Pictures of each of the twelve letters, for each law: 4104."""
 REFERENCES = 4104
-"""Pictures from held-out fonts that they are compared with."""
-EVAL_SEED = 4321
-SHARPER = {
-    "T0.9": LawConfig(temperature=0.9),
-    "T0.8": LawConfig(temperature=0.8),
-    "T0.7": LawConfig(temperature=0.7),
-    "top_p0.95": LawConfig(top_p=0.95),
-    "top_p0.9": LawConfig(top_p=0.9),
-}
+"""Real pictures that they are compared with: fresh ones of the fonts that were trained on, as FID's reference is of ImageNet's training
+pictures, and as many of held-out fonts."""
+REFERENCE_SEED, EVAL_SEED = 77, 4321
+SHARPER = {"T0.9": LawConfig(temperature=0.9), "T0.8": LawConfig(temperature=0.8), "top_p0.9": LawConfig(top_p=0.9)}
 """Laws other than the plain one, under which the base may already be better."""
-LAWS = {"T1.0": LawConfig(), **SHARPER}
+PLAIN = {"T1.0": LawConfig()}
+LAWS = {**PLAIN, **SHARPER}
 TEACHER_FORCED = 384
 """Held-out pictures that are drawn again in their own context."""
 GALLERY = 24
@@ -74,7 +70,7 @@ def demo(out: Path, seed: int, say: Say, tick: Tick) -> Path:
     random = post_train(dataclasses.replace(va_pi.glyphs_cpu_shuffled(), seed=seed), out / "shuffled", "shuffled rewards", tick)
     if random is None:
         return out
-    shuffled = read(random, cache=out / "eval" / "shuffled", laws={"T1.0": LawConfig()})
+    shuffled = read(random, cache=out / "eval" / "shuffled", laws=PLAIN)
     say("5/5  report")
     summary = summarise(config, notes, {"before": before, "after": after, "ce_only": ce_only, "shuffled_reward": shuffled})
     write_atomic(out / "summary.json", json.dumps(summary, indent=2))
@@ -104,8 +100,8 @@ def control_config(cpu_seconds: float, seed: int) -> PretrainConfig:
 
 
 def evaluate(folder: Path, *, config: RunConfig, cache: Path, laws: Mapping[str, LawConfig], tick: Tick) -> Results:
-    """The pictures of every law, drawn freely, against held-out fonts in the judge's features; and held-out pictures drawn again in their
-    own context. Kept in `cache`.json, with the first pictures beside it."""
+    """The pictures of every law, drawn freely, against real ones in the judge's features; and held-out pictures drawn again in their own
+    context. Kept in `cache`.json, with some pictures beside it."""
     done = cache.with_suffix(".json")
     if done.exists():
         return json.loads(done.read_text())
@@ -113,8 +109,9 @@ def evaluate(folder: Path, *, config: RunConfig, cache: Path, laws: Mapping[str,
     judge = model_folder.load_classifier(model_path("bundled:glyphs_judge")).eval()
     policy = new_policy(model_folder.load(folder))
     letters = [Prompt(text=letter, label=label) for label, letter in enumerate(config.data.letters)]
-    real = glyphs.pictures(config.data, "heldout", REFERENCES, config.data.seed + 77)
-    reference, drawn, results = real.pixels(real.prompts), 0, Results()
+    real = {split: glyphs.pictures(config.data, split, REFERENCES, REFERENCE_SEED) for split in ("train", "heldout")}
+    references = {split: pictures.pixels(pictures.prompts) for split, pictures in real.items()}
+    drawn, results = 0, Results()
 
     def count(rows: int) -> None:
         nonlocal drawn
@@ -124,8 +121,14 @@ def evaluate(folder: Path, *, config: RunConfig, cache: Path, laws: Mapping[str,
     for name, law in laws.items():
         sample = draw_sample(policy.under(law), letters, copies=COPIES, seed=EVAL_SEED, batch=256, tick=count)
         right = named(judge, sample.images, sample.prompts)
+        found = {
+            split: compare_sets(sample.images, reference, judge, EVAL_SEED, cache=cache.parent / "features")
+            for split, reference in references.items()
+        }
         results[name] = {
-            **compare_sets(sample.images, reference, judge, EVAL_SEED),
+            **found["train"],
+            "fd_heldout": found["heldout"]["fd"],
+            "fd_heldout_ci95": found["heldout"]["fd_ci95"],
             "accuracy": float(right.float().mean()),
             "token_diversity": token_diversity(sample.actions, COPIES),
         }
@@ -171,7 +174,7 @@ def best(results: Results) -> tuple[str, float]:
     return name, results[name]["fd"]
 
 
-SHOWN = ("fd", "precision", "recall", "accuracy", "token_diversity", "kid")
+SHOWN = ("fd", "fd_heldout", "precision", "recall", "accuracy", "token_diversity", "kid")
 
 
 def summarise(config: RunConfig, trained: Mapping[str, Any], models: Mapping[str, Results]) -> dict[str, Any]:
@@ -191,7 +194,7 @@ def summarise(config: RunConfig, trained: Mapping[str, Any], models: Mapping[str
     }
     for side in ("before", "after"):
         plain, forced = models[side]["T1.0"], models[side]["teacher_forced"]
-        flat |= {f"{name}_{side}": plain[name] for name in ("precision", "recall", "accuracy", "token_diversity")}
+        flat |= {f"{name}_{side}": plain[name] for name in ("fd_heldout", "precision", "recall", "accuracy", "token_diversity")}
         flat |= {f"{name}_{side}": forced[f"rewards/reconstruction/{name}"] for name in ("mse", "perceptual")}
         flat[f"nll_{side}"] = forced["nll"]
     return {
