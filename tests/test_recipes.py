@@ -1,7 +1,8 @@
+import re
 import subprocess
 import sys
 from collections.abc import Callable
-from inspect import getmodule, getsource
+from inspect import getmodule, getsource, isfunction
 
 import pytest
 
@@ -33,9 +34,16 @@ def test_names_are_module_and_function():
         assert (getmodule(function).__name__, function.__name__) == (f"varl.recipes.{module}", short)
 
 
+def written(function):
+    """The function's text, and those of its module's functions that it is made of."""
+    text, own = getsource(function), vars(getmodule(function))
+    parts = {name for name in re.findall(r"\b(\w+)\(", text) if isfunction(own.get(name)) and own[name] is not function}
+    return text + "".join(written(own[name]) for name in sorted(parts) if own[name].__module__ == function.__module__)
+
+
 @pytest.mark.parametrize("name", [name for name in RECIPES if isinstance(recipe(name), RunConfig)])
 def test_the_loss_is_written_down_and_not_left_to_defaults(name):
-    text = getsource(RECIPES[name])
+    text = written(RECIPES[name])
     assert "loss_type=" in text
     assert "beta=" in text
 
