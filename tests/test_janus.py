@@ -380,7 +380,8 @@ def test_a_plan_before_any_weight_is_loaded(folder, tmp_path):
     found = plan(run_of(folder, tmp_path), calibrate=False)
     assert found.problems == ()
     assert found.parameters["transformer"] == sum(weight.numel() for weight in model_folder.load(folder)[0].parameters())
-    assert found.memory["key-value cache"] > 0
+    assert found.memory["weights"] == found.memory["reference"] == 4 * found.parameters["transformer"]
+    assert found.updates[0].flops["train"] > found.updates[0].flops["rollout"] > 0
     bad = plan(run_of(folder, tmp_path, sample_law=LawConfig(top_k=13)), calibrate=False)
     assert "top_k=13" in bad.problems[0]
 
