@@ -37,6 +37,7 @@ class Classifier(nn.Module):
             Layer(before, after, 2 if i else 1) for i, (before, after) in enumerate(zip((3, *widths), widths, strict=False))
         )
         self.pool = nn.Linear(widths[-1] * places[0] * places[1], widths[-1])
+        self.norm = nn.LayerNorm(widths[-1])
         self.head = nn.Linear(widths[-1], config.num_classes)
 
     def maps(self, images: Float[Tensor, "B 3 H W"]) -> list[Tensor]:
@@ -48,8 +49,9 @@ class Classifier(nn.Module):
         return maps
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
-        """Features of pictures in [0, 1], as many as the last layer has channels."""
-        return F.relu(self.pool(self.maps(images)[-1].flatten(1)))
+        """Features of pictures in [0, 1], as many as the last layer has channels, all of one length before the ReLU: no picture's features
+        are so large that a Frechet distance is of it alone."""
+        return F.relu(self.norm(self.pool(self.maps(images)[-1].flatten(1))))
 
     def classify(self, features: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]:
         """Log-probabilities of the classes."""
