@@ -18,7 +18,10 @@ from varl.checkpoints.folder import load_notes
 from varl.config import GlyphsConfig, LawConfig, PretrainConfig, RunConfig
 from varl.data import glyphs
 from varl.demo import Say, Tick, available_cores, commit, copy_gallery, threads, write_atomic
-from varl.eval.fid import compare_sets
+from varl.eval.distances import frechet_replicates, moments
+from varl.eval.features import extract, open_pictures
+from varl.eval.fid import GROUPS, compare_sets
+from varl.eval.gradients import estimate
 from varl.eval.pictures import teacher_forced_metrics
 from varl.eval.words import draw_sample, token_diversity
 from varl.models.classifier import Classifier
@@ -35,7 +38,7 @@ REFERENCES = 4104
 """Real pictures that they are compared with: fresh ones of the fonts that were trained on, as FID's reference is of ImageNet's training
 pictures, and as many of held-out fonts."""
 REFERENCE_SEED, EVAL_SEED = 77, 4321
-SHARPER = {"T0.9": LawConfig(temperature=0.9), "T0.8": LawConfig(temperature=0.8), "top_p0.9": LawConfig(top_p=0.9)}
+SHARPER = {"T0.9": LawConfig(temperature=0.9), "T0.8": LawConfig(temperature=0.8), "top_p0.95": LawConfig(top_p=0.95)}
 """Laws other than the plain one, under which the base may already be better."""
 PLAIN = {"T1.0": LawConfig()}
 LAWS = {**PLAIN, **SHARPER}
@@ -62,17 +65,19 @@ def demo(out: Path, seed: int, say: Say, tick: Tick) -> Path:
     after = read(trained, cache=out / "eval" / "after", laws=LAWS)
     say(f"     Frechet distance {after['T1.0']['fd']:.1f} at temperature 1")
     notes = load_notes(trained)
-    say(f"3/5  control: cross-entropy alone, for the same CPU time ({notes['cpu_seconds']:.0f} s)")
-    with threads(available_cores()):
-        on = pretrain(control_config(notes["cpu_seconds"], seed), out / "ce_only", lambda metrics: tick({**metrics, "phase": "CE only"}))
-    ce_only = read(on, cache=out / "eval" / "ce_only", laws=LAWS)
+    say("3/5  controls: cross-entropy alone, for as many steps and for the same CPU time")
+    trained_on = {}
+    for name, limit in (("ce_only", 0.0), ("ce_only_same_cpu", float(notes["cpu_seconds"]))):
+        with threads(available_cores()):
+            on = pretrain(control_config(limit, seed), out / name, lambda metrics, name=name: tick({**metrics, "phase": name}))
+        trained_on[name] = read(on, cache=out / "eval" / name, laws=PLAIN)
     say("4/5  control: rewards dealt out at random")
     random = post_train(dataclasses.replace(va_pi.glyphs_cpu_shuffled(), seed=seed), out / "shuffled", "shuffled rewards", tick)
     if random is None:
         return out
     shuffled = read(random, cache=out / "eval" / "shuffled", laws=PLAIN)
     say("5/5  report")
-    summary = summarise(config, notes, {"before": before, "after": after, "ce_only": ce_only, "shuffled_reward": shuffled})
+    summary = summarise(config, notes, {"before": before, "after": after, **trained_on, "shuffled_reward": shuffled})
     write_atomic(out / "summary.json", json.dumps(summary, indent=2))
     gallery(out)
     write_report(out, definitions=METRICS)
@@ -92,8 +97,9 @@ def post_train(config: RunConfig, out: Path, phase: str, tick: Tick) -> Path | N
 
 
 def control_config(cpu_seconds: float, seed: int) -> PretrainConfig:
-    """Cross-entropy alone for so much CPU time."""
-    return dataclasses.replace(va_pi.glyphs_cpu_ce(), max_cpu_seconds=cpu_seconds, steps=1_000_000, save_every=100, seed=seed + 1)
+    """Cross-entropy alone, for as many steps as VA-pi has, or, if it is not 0, for so much CPU time."""
+    recipe = dataclasses.replace(va_pi.glyphs_cpu_ce(), seed=seed + 1)
+    return dataclasses.replace(recipe, max_cpu_seconds=cpu_seconds, steps=1_000_000, save_every=100) if cpu_seconds else recipe
 
 
 # ---- measuring --------------------------------------------------------------------------------------------------------------------------
@@ -109,8 +115,9 @@ def evaluate(folder: Path, *, config: RunConfig, cache: Path, laws: Mapping[str,
     judge = model_folder.load_classifier(model_path("bundled:glyphs_judge")).eval()
     policy = new_policy(model_folder.load(folder))
     letters = [Prompt(text=letter, label=label) for label, letter in enumerate(config.data.letters)]
-    real = {split: glyphs.pictures(config.data, split, REFERENCES, REFERENCE_SEED) for split in ("train", "heldout")}
-    references = {split: pictures.pixels(pictures.prompts) for split, pictures in real.items()}
+    kept, real = cache.parent / "features", {s: glyphs.pictures(config.data, s, REFERENCES, REFERENCE_SEED) for s in ("train", "heldout")}
+    reference, others = (pictures.pixels(pictures.prompts) for pictures in real.values())
+    heldout = moments(extract(open_pictures(others), judge, batch=512, cache=kept)).gaussian()
     drawn, results = 0, Results()
 
     def count(rows: int) -> None:
@@ -121,14 +128,12 @@ def evaluate(folder: Path, *, config: RunConfig, cache: Path, laws: Mapping[str,
     for name, law in laws.items():
         sample = draw_sample(policy.under(law), letters, copies=COPIES, seed=EVAL_SEED, batch=256, tick=count)
         right = named(judge, sample.images, sample.prompts)
-        found = {
-            split: compare_sets(sample.images, reference, judge, EVAL_SEED, cache=cache.parent / "features")
-            for split, reference in references.items()
-        }
+        features = extract(open_pictures(sample.images), judge, batch=512, cache=kept)
+        other = estimate(frechet_replicates(features, heldout, torch.arange(len(features)) % GROUPS))
         results[name] = {
-            **found["train"],
-            "fd_heldout": found["heldout"]["fd"],
-            "fd_heldout_ci95": found["heldout"]["fd_ci95"],
+            **compare_sets(sample.images, reference, judge, EVAL_SEED, batch=512, cache=kept),
+            "fd_heldout": other.value,
+            "fd_heldout_ci95": other.high - other.value,
             "accuracy": float(right.float().mean()),
             "token_diversity": token_diversity(sample.actions, COPIES),
         }
@@ -189,7 +194,7 @@ def summarise(config: RunConfig, trained: Mapping[str, Any], models: Mapping[str
         "fd_after_best_law": best(after)[1],
         "best_law_after": best(after)[0],
         "fd_ce_only": models["ce_only"]["T1.0"]["fd"],
-        "fd_ce_only_best_law": best(models["ce_only"])[1],
+        "fd_ce_only_same_cpu": models["ce_only_same_cpu"]["T1.0"]["fd"],
         "fd_shuffled_reward": models["shuffled_reward"]["T1.0"]["fd"],
     }
     for side in ("before", "after"):
@@ -235,5 +240,5 @@ def said(summary: Mapping[str, Any]) -> list[str]:
         "token_diversity": ".3f",
     }
     lines = [f"{name}  {summary[f'{name}_before']:{form}} -> {summary[f'{name}_after']:{form}}" for name, form in pairs.items()]
-    controls = ("fd_temperature_control", "fd_ce_only", "fd_shuffled_reward")
+    controls = ("fd_temperature_control", "fd_ce_only", "fd_ce_only_same_cpu", "fd_shuffled_reward")
     return [*lines, *(f"{name}  {summary[name]:.4g}" for name in controls)]

@@ -81,11 +81,12 @@ def glyphs_cpu() -> RunConfig:
             drop_condition=0.0,  # the base never learned what no class means
         ),
         train=TrainConfig(
-            steps=140,
+            steps=400,
             prompts_per_step=32,
             rollouts_per_backward=72,
-            image_every=35,
-            optim=OptimConfig(lr=1.5e-4, warmup_steps=10, schedule="linear"),
+            save_every=100,
+            image_every=50,
+            optim=OptimConfig(lr=3e-4, warmup_steps=10, schedule="linear"),
         ),
     )
 
