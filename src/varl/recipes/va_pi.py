@@ -77,7 +77,7 @@ def glyphs_cpu() -> RunConfig:
         rewards={"reconstruction": WeightedReward(reward=ReconstructionConfig(features="bundled:glyphs_reward", batch=64, keep=256))},
         algorithm=VAPIConfig(
             grpo=GRPOConfig(num_generations=8, beta=0.0, loss_type="dapo", rollouts_per_chunk=64),
-            prior_weight=0.3,
+            prior_weight=1.0,
             drop_condition=0.0,  # the base never learned what no class means
         ),
         train=TrainConfig(
@@ -148,7 +148,7 @@ def _reconstruction() -> ReconstructionConfig:
 
 def glyphs_cpu_ste() -> PretrainConfig:
     """Baseline: the gradient of the pixels through a straight-through one-hot (appendix C.1), with the same prior."""
-    return _pixels("glyphs_cpu_ste", PixelLossConfig(trains="transformer", reconstruction=_reconstruction(), prior_weight=0.3))
+    return _pixels("glyphs_cpu_ste", PixelLossConfig(trains="transformer", reconstruction=_reconstruction(), prior_weight=1.0))
 
 
 def glyphs_cpu_decoder() -> PretrainConfig:
