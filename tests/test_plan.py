@@ -491,14 +491,14 @@ def test_data_of_a_classifier(real):
 
 
 def test_a_classifier_by_hand(real):
-    """A convolution of 3 to 8 channels at 16x32 places, one to 4 at half the size, and two linear layers."""
+    """A convolution of 3 to 8 channels at 16x32 places, one to 4 at half the size, a norm between two linear layers."""
     small = ClassifierConfig(num_classes=3, image_size=(16, 32), widths=(8, 4))
     found = plan(PretrainConfig(model=small, data=real.data, steps=7, batch=2), calibrate=False)
     assert found.problems == ()
     places = 16 * 32
     one = 2 * (places * 9 * 3 * 8 + places // 4 * 9 * 8 * 4 + places // 4 * 4 * 4 + 4 * 3)
     assert [(u.name, u.count, u.flops) for u in found.updates] == [("classifier", 7, {"train": 3 * 2 * one})]
-    weights = (9 * 3 * 8 + 3 * 8) + (9 * 8 * 4 + 3 * 4) + (places // 4 * 4 * 4 + 4) + (4 * 3 + 3)
+    weights = (9 * 3 * 8 + 3 * 8) + (9 * 8 * 4 + 3 * 4) + (places // 4 * 4 * 4 + 4) + 2 * 4 + (4 * 3 + 3)
     assert found.parameters == {"classifier": weights}
     assert found.memory["gradients"] == 4 * weights
     text = format_plan(found)
@@ -506,10 +506,12 @@ def test_a_classifier_by_hand(real):
     assert "token" not in text
 
 
-def test_a_janus_is_not_counted(real, tmp_path):
+def test_a_janus_that_is_not_whole_is_named(real, tmp_path):
+    """What a whole one costs is tested with Janus-Pro."""
     (tmp_path / "config.json").write_text('{"model_type": "janus"}')
     found = plan(replace(real, model=str(tmp_path)), calibrate=False)
-    assert (found.problems, found.updates) == ((), ())
+    assert found.updates == ()
+    assert "cannot be read as a Janus" in found.problems[0]
 
 
 # ---- what VA-pi lacks -------------------------------------------------------------------------------------------------------------------
