@@ -44,7 +44,8 @@ def write_atomic(file: Path, text: str) -> None:
 
 
 def available_cores() -> int:
-    return os.cpu_count() or 1
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
