@@ -18,8 +18,8 @@ SIZES: dict[str, tuple[int, int, int]] = {"B": (24, 768, 12), "L": (32, 1024, 16
 """Depth of encoder and decoder together, width and heads of every released transformer."""
 HEADS: dict[str, tuple[int, int]] = {"B": (6, 1024), "L": (8, 1280), "H": (12, 1536)}
 """Depth and width of their diffusion heads."""
-WRAPPINGS = ("model_ema", "model")
-"""Where files hold the weights, if not at their top: the averaged ones, which the authors draw with, if they are there."""
+AVERAGED, LATEST = "model_ema", "model"
+"""Where files hold the weights, if not at their top. The authors draw with the averaged ones."""
 
 
 def load_mar(path_mar: Path | str, path_kl: Path | str, *, heads: int | None = None) -> tuple[MAR, KL]:
@@ -32,7 +32,7 @@ def load_mar(path_mar: Path | str, path_kl: Path | str, *, heads: int | None = N
 
 def mar_pair(file_mar: ReleasedFile, file_kl: ReleasedFile, *, heads: int | None = None) -> tuple[MAR, KL]:
     """`load_mar` of files that were read already."""
-    mar, kl = file_mar.weights(*WRAPPINGS), file_kl.weights("model")
+    mar, kl = file_mar.weights(AVERAGED, LATEST), file_kl.weights(LATEST)
     path_mar, path_kl = str(file_mar.path), str(file_kl.path)
     tokenizer = tokenizer_config(shapes_of(kl), path_kl)
     config = transformer_config(shapes_of(mar), tokenizer, path_mar, heads)

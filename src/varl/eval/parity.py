@@ -887,7 +887,7 @@ def _mar_losses(
     again, bound = losses(tokens.repeat(repeat, 1, 1).flatten(0, 1), t, z.repeat(repeat, 1, 1).flatten(0, 1), noise)
     weight = missing.repeat(repeat, 1).flatten().float()
     return {
-        "q_sample": noised(full, given["x_0"], given["noise"], given["t"]),
+        "q_sample": noised(full, given["x_0"], given["noise"], given["t_loss"]),
         "loss_terms_mse": mse,
         "loss_terms_vb": vb,
         "loss_terms_loss": mse + vb,

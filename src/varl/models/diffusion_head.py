@@ -213,7 +213,7 @@ def variance_loss(
 def sinusoid(timesteps: Int[Tensor, "*B"]) -> Float[Tensor, "*B D"]:
     """[cos, sin] of t / 10000^(i / 128), i = 0 .. 127."""
     half = TIME_WIDTH // 2
-    frequency = torch.exp(-math.log(LONGEST_PERIOD) / half * torch.arange(half, dtype=torch.float32, device=timesteps.device))
+    frequency = torch.exp(-math.log(LONGEST_PERIOD) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half)
     angle = timesteps[..., None].float() * frequency
     return torch.cat([angle.cos(), angle.sin()], -1)
 
