@@ -216,8 +216,8 @@ def test_rows_do_not_see_one_another():
     head, x, t, z = tiny(), torch.randn(4, 3), index(0, 30, 500, 999), torch.randn(4, 5)
     whole = head(x, t, z)
     assert whole.shape == (4, 6)
-    torch.testing.assert_close(head(x[2:3], t[2:3], z[2:3]), whole[2:3], rtol=0, atol=1e-6)
-    torch.testing.assert_close(head(x.view(2, 2, 3), t.view(2, 2), z.view(2, 2, 5)), whole.view(2, 2, 6), rtol=0, atol=1e-6)
+    torch.testing.assert_close(head(x[2:3], t[2:3], z[2:3]), whole[2:3], rtol=0, atol=1e-5)
+    torch.testing.assert_close(head(x.view(2, 2, 3), t.view(2, 2), z.view(2, 2, 5)), whole.view(2, 2, 6), rtol=0, atol=1e-5)
     for changed in (head(x + 1, t, z), head(x, t.roll(1), z), head(x, t, z + 1)):
         assert ((changed - whole).abs().amax(1) > 1e-3).all()
 
@@ -225,7 +225,7 @@ def test_rows_do_not_see_one_another():
 def test_what_a_chain_keeps_may_be_added_beforehand():
     head, x, t, z = tiny(), torch.randn(4, 3), index(5, 5, 5, 5), torch.randn(4, 5)
     embedded = head.cond_embed(z)
-    torch.testing.assert_close(head.denoise(x, head.time_embed(t[:1]) + embedded), head(x, t, z), rtol=0, atol=1e-6)
+    torch.testing.assert_close(head.denoise(x, head.time_embed(t[:1]) + embedded), head(x, t, z), rtol=0, atol=1e-5)
 
 
 def test_an_empty_head_is_refused():

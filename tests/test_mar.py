@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_every_step_draws_a_token(tokens):
     for steps in range(1, tokens + 1):
         left = (tokens, *mar_schedule(tokens, steps))
         assert len(left) == steps + 1
-        assert all(a > b for a, b in zip(left, left[1:], strict=False))
+        assert all(a > b for a, b in pairwise(left))
         assert left[-1] == 0
     assert mar_schedule(tokens, tokens) == tuple(reversed(range(tokens)))
     for steps in (0, tokens + 1):
@@ -95,7 +96,7 @@ def test_masks_follow_the_order_from_its_end():
 
 def test_sets_are_disjoint_and_complete():
     order, left = orders(3), (9, *mar_schedule(9, 4))
-    sets = [masked(order, before) & ~masked(order, after) for before, after in zip(left, left[1:], strict=False)]
+    sets = [masked(order, before) & ~masked(order, after) for before, after in pairwise(left)]
     assert torch.equal(sum(s.int() for s in sets), torch.ones(3, 9, dtype=torch.int))
 
 
@@ -274,7 +275,9 @@ def test_what_no_weight_tells_must_be_said(tmp_path):
     paths = written(tmp_path, *files())
     with pytest.raises(CheckpointError, match=r"2 \+ 2 layers of width 16 and 16 are of no released size.*Give `heads`"):
         load_mar(*paths)
-    with pytest.raises(CheckpointError, match=r"is MAR's.*Leave image_size \(--image-size\) and ema \(--ema\) out"):
+    with pytest.raises(
+        CheckpointError, match=r"is MAR's, whose weights tell all but heads.*Leave image_size \(--image-size\) and ema \(--ema\) out"
+    ):
         load_released(*paths, heads=2, image_size=6, ema=True)
 
 
