@@ -276,7 +276,7 @@ def test_what_no_weight_tells_must_be_said(tmp_path):
     with pytest.raises(CheckpointError, match=r"2 \+ 2 layers of width 16 and 16 are of no released size.*Give `heads`"):
         load_mar(*paths)
     with pytest.raises(
-        CheckpointError, match=r"is MAR's, whose weights tell all but heads.*Leave image_size \(--image-size\) and ema \(--ema\) out"
+        CheckpointError, match=r"is MAR's, whose weights tell all but the heads.*Leave image_size \(--image-size\) and ema \(--ema\) out"
     ):
         load_released(*paths, heads=2, image_size=6, ema=True)
 

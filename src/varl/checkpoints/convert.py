@@ -25,11 +25,10 @@ def load_released(
     whose = family(files[0])
     if whose == "LlamaGen":
         return llamagen_pair(*files, image_size=image_size, heads=heads, ema=ema)
-    told = {"image_size (--image-size)": image_size, "ema (--ema)": ema or None, **({} if whose == "MAR" else {"heads (--heads)": heads})}
+    told = {"image_size (--image-size)": image_size, "heads (--heads)": None if whose == "MAR" else heads, "ema (--ema)": ema or None}
     if needless := [name for name, value in told.items() if value is not None]:
-        raise CheckpointError(
-            f"{transformer}: is {whose}'s, whose weights tell {'everything' if whose == 'VAR' else 'all but heads'}. Leave {' and '.join(needless)} out."
-        )
+        tell = "tell everything" if whose == "VAR" else "tell all but the heads"
+        raise CheckpointError(f"{transformer}: is {whose}'s, whose weights {tell}. Leave {' and '.join(needless)} out.")
     return mar.mar_pair(*files, heads=heads) if whose == "MAR" else var.var_pair(*files)
 
 
