@@ -46,6 +46,7 @@ from varl.data.words import prompts as word_prompts
 from varl.data.words import split, word_list
 from varl.errors import ConfigError, DataError
 from varl.models.janus import Janus
+from varl.models.mar import MAR
 from varl.models.next_scale import NextScale
 from varl.models.raster import Raster
 from varl.policies.next_scale import NextScalePolicy
@@ -56,6 +57,7 @@ from varl.rewards.ocr_reward import OCRReward
 from varl.rewards.reconstruction import ReconstructionReward
 from varl.rewards.toy import load_callable
 from varl.settings import to_yaml
+from varl.tokenizers.kl import KL
 from varl.tokenizers.multiscale_vq import MultiScaleVQ
 from varl.tokenizers.vq import VQ
 from varl.types import Algorithm, BranchingPolicy, Policy, Prompt, RewardFn, TeacherForcedPolicy
@@ -98,6 +100,8 @@ def new_policy(
             return RasterPolicy(
                 model.to(device), tokenizer.to(device), captions=captions, sample_law=sample_law, score_law=score_law, dtype=dtype
             )
+        case (MAR(), KL()):
+            raise ConfigError("the model is a MAR, which can be loaded and compared, and draws no pictures yet. Give another model.")
     assert_never(pair)
 
 

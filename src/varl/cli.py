@@ -653,7 +653,7 @@ def convert(
     image_size: Annotated[
         int | None, typer.Option(help="Pixels to a side of the pictures LlamaGen was trained on: no weight tells.")
     ] = None,
-    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads of a LlamaGen that is of no released size.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads of a LlamaGen or MAR that is of no released size.")] = None,
     ema: Annotated[bool, typer.Option("--ema", help="The averaged weights of a LlamaGen training run's files.")] = False,
 ) -> None:
     """Released weights as a model folder. Whose they are is told from their names."""

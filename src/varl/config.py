@@ -1,5 +1,6 @@
 """Every knob of a run: frozen dataclasses, no torch. Composed, never inherited; each field has one home, and says its unit and source."""
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -164,6 +165,92 @@ class RasterConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KLConfig:
+    """MAR's KL autoencoder (arXiv 2406.11838): a Gaussian over a vector per token, and no codes. The defaults are KL-16."""
+
+    channels: int = 16
+    """Of a token's vector."""
+    width: int = 128
+    """Base width of encoder and decoder."""
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    """Width per level; each level after the first halves the picture."""
+    blocks: int = 2
+    attention: bool = True
+    """Self-attention at the encoder's coarsest level, and in the middle of both, as released. Small fast ones do without."""
+    patch: int = 1
+    """Pixels per side folded into channels before the first convolution; 1 as released. 4 puts every convolution on the token grid."""
+    scale: float = 0.2325
+    """By which the vectors are multiplied to have variance 1 or so, which the diffusion head expects; as released, for KL-16."""
+
+    def __post_init__(self) -> None:
+        if not self.scale > 0:
+            raise ConfigError(f"tokenizer.scale={self.scale}: must be above 0, 1 / the standard deviation of the latents or so.")
+
+    @property
+    def stride(self) -> int:
+        """Pixels per token and side."""
+        return self.patch * 2 ** (len(self.multipliers) - 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiffusionHeadConfig:
+    """What MAR draws a token's vector with (arXiv 2406.11838): an MLP that removes noise. The defaults are MAR-B's."""
+
+    depth: int = 6
+    """Residual blocks."""
+    width: int = 1024
+
+    def __post_init__(self) -> None:
+        if min(self.depth, self.width) < 1:
+            raise ConfigError(f"head: depth={self.depth} and width={self.width} must be 1 or more.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViTConfig:
+    """A stack of transformer blocks, each of which sees all tokens; its MLPs are four times as wide."""
+
+    depth: int = 12
+    width: int = 768
+    heads: int = 12
+
+    def __post_init__(self) -> None:
+        if min(self.depth, self.width, self.heads) < 1 or self.width % self.heads:
+            raise ConfigError(f"depth={self.depth}, width={self.width}, heads={self.heads}: 1 or more each, and width a multiple of heads.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MARConfig:
+    """MAR's transformer (arXiv 2406.11838), class-conditional. The defaults are MAR-B's, for 256 x 256 pixels."""
+
+    encoder: ViTConfig = ViTConfig()
+    """Reads the class and the tokens that are known."""
+    decoder: ViTConfig = ViTConfig()
+    """Sees all places."""
+    head: DiffusionHeadConfig = DiffusionHeadConfig()
+    grid: tuple[int, int] = (16, 16)
+    """(h, w) in tokens; need not be square."""
+    num_classes: int = 1000
+    buffer: int = 64
+    """Places before the picture's, all of which hold the class."""
+    tokenizer: KLConfig = KLConfig()
+
+    def __post_init__(self) -> None:
+        if min(self.grid) < 1:
+            raise ConfigError(f"model.grid={list(self.grid)}: needs at least 1x1 token. Give (h, w).")
+        if self.num_classes < 1 or self.buffer < 1:
+            raise ConfigError(
+                f"model: num_classes={self.num_classes} and buffer={self.buffer} must be 1 or more: what is asked for is a class, and it "
+                "is read from the buffer."
+            )
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        stride = self.tokenizer.stride
+        return self.grid[0] * stride, self.grid[1] * stride
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JanusConfig:
     """What a policy must know of a Janus-Pro (arXiv 2501.17811). Its folder is as `transformers` has it, with all of it in config.json."""
 
@@ -191,7 +278,7 @@ class JanusConfig:
         return self.grid[0] * stride, self.grid[1] * stride
 
 
-ModelConfig = NextScaleConfig | RasterConfig
+ModelConfig = NextScaleConfig | RasterConfig | MARConfig
 """Of a model that VARL can make."""
 ActingConfig = ModelConfig | JanusConfig
 """Of a model that a policy acts with."""
@@ -255,6 +342,23 @@ class LawConfig:
 def var_guidance(cfg: float, steps: int) -> tuple[float, ...]:
     """VAR's ramp as `cfg_scale`: 1 + cfg * i / (S - 1) at step i, none at the first."""
     return tuple(1.0 + cfg * i / max(steps - 1, 1) for i in range(steps))
+
+
+def mar_schedule(tokens: int, steps: int) -> tuple[int, ...]:
+    """MAR's: how many of `tokens` are still masked after each step, floor(tokens cos(pi / 2 * (i + 1) / steps)), but for one at least that
+    every step draws and that every step leaves to those after it. The last step leaves none."""
+    if not 1 <= steps <= tokens:
+        raise ConfigError(f"steps={steps}: {tokens} tokens are drawn in 1 to {tokens} steps, one at least in each.")
+    masked = [tokens]
+    for step in range(1, steps):
+        masked.append(max(1, min(masked[-1] - 1, math.floor(tokens * math.cos(math.pi / 2 * step / steps)))))
+    return (*masked[1:], 0)
+
+
+def mar_guidance(cfg: float, tokens: int, steps: int) -> tuple[float, ...]:
+    """MAR's linear ramp as `cfg_scale`: 1 + (cfg - 1) * (share of tokens that are known after step i), where the last step counts one as
+    unknown, as released."""
+    return tuple(1.0 + (cfg - 1.0) * (tokens - max(1, masked)) / tokens for masked in mar_schedule(tokens, steps))
 
 
 # ---- algorithms ---------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from varl.config import (
     FolderConfig,
     GlyphsConfig,
     GRPOConfig,
+    MARConfig,
     ModelConfig,
     NextScaleConfig,
     OCRConfig,
@@ -41,6 +42,7 @@ KINDS: dict[type, str] = {
     ReconstructionConfig: "reconstruction",
     NextScaleConfig: "next_scale",
     RasterConfig: "raster",
+    MARConfig: "mar",
     ClassifierConfig: "classifier",
 }
 """What `kind:` says in YAML where a setting may be of several classes."""

@@ -2,33 +2,40 @@
 
 from pathlib import Path
 
-from varl.checkpoints import var
+from varl.checkpoints import mar, var
 from varl.checkpoints.llamagen import llamagen_pair, unwrapped
 from varl.checkpoints.model import Pair
 from varl.checkpoints.released import ReleasedFile, listed, read_file
 from varl.errors import CheckpointError
 
-MARKS = {"VAR": ("word_embed.weight", "lvl_1L"), "LlamaGen": ("tok_embeddings.weight", "output.weight")}
+MARKS = {
+    "VAR": ("word_embed.weight", "lvl_1L"),
+    "LlamaGen": ("tok_embeddings.weight", "output.weight"),
+    "MAR": ("z_proj.weight", "mask_token"),
+}
 """What transformers of a family hold, and those of no other."""
 
 
 def load_released(
     transformer: Path | str, tokenizer: Path | str, *, image_size: int | None = None, heads: int | None = None, ema: bool = False
 ) -> Pair:
-    """The transformer with its tokenizer, as `load_var` or `load_llamagen` gives them. Of VAR the weights tell everything: it takes none of
-    the further arguments."""
+    """The transformer with its tokenizer, as `load_var`, `load_llamagen` or `load_mar` gives them. Of VAR the weights tell everything: it
+    takes none of the further arguments; MAR takes `heads` alone."""
     files = read_file(Path(transformer)), read_file(Path(tokenizer))
-    if family(files[0]) == "LlamaGen":
+    whose = family(files[0])
+    if whose == "LlamaGen":
         return llamagen_pair(*files, image_size=image_size, heads=heads, ema=ema)
-    told = {"image_size (--image-size)": image_size, "heads (--heads)": heads, "ema (--ema)": ema or None}
+    told = {"image_size (--image-size)": image_size, "heads (--heads)": None if whose == "MAR" else heads, "ema (--ema)": ema or None}
     if needless := [name for name, value in told.items() if value is not None]:
-        raise CheckpointError(f"{transformer}: is VAR's, whose weights tell everything. Leave {' and '.join(needless)} out.")
-    return var.var_pair(*files)
+        tell = "tell everything" if whose == "VAR" else "tell all but the heads"
+        raise CheckpointError(f"{transformer}: is {whose}'s, whose weights {tell}. Leave {' and '.join(needless)} out.")
+    return mar.mar_pair(*files, heads=heads) if whose == "MAR" else var.var_pair(*files)
 
 
 def family(file: ReleasedFile) -> str:
     """Whose transformer it is, one of `MARKS`."""
-    names = file.weights(var.TRANSFORMER) if isinstance(file.at(var.TRANSFORMER), dict) else unwrapped(file)
+    place = next((place for place in (var.TRANSFORMER, mar.AVERAGED) if isinstance(file.at(place), dict)), None)
+    names = file.weights(place) if place else unwrapped(file)
     found = [name for name, marks in MARKS.items() if all(mark in names for mark in marks)]
     if len(found) != 1:
         known = "; ".join(f"{name}, with {listed(marks)}" for name, marks in MARKS.items())

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from varl.checkpoints.folder import Shapes, require_fit, shapes_of, strict_load
-from varl.checkpoints.released import ReleasedFile, count, expect, read_file
+from varl.checkpoints.folder import Shapes, shapes_of, strict_load
+from varl.checkpoints.released import ReleasedFile, count, expect, fill_from_parts, read_file
 from varl.config import CaptionConfig, RasterConfig, VQConfig
 from varl.errors import CheckpointError
 from varl.models.raster import Raster
@@ -174,13 +173,7 @@ def fill_transformer(model: Raster, state: Mapping[str, Tensor], where: str) -> 
 def fill_tokenizer(vq: VQ, state: Mapping[str, Tensor], where: str) -> None:
     """`vq` with LlamaGen's tokenizer `state`. What does not fit is listed under LlamaGen's names."""
     theirs = {name: tensor for name, tensor in state.items() if name != USED}
-    names = {ours: released_names(ours, len(vq.config.multipliers)) for ours in vq.state_dict()}
-    want = {}
-    for ours, tensor in vq.state_dict().items():
-        for name in names[ours]:
-            want[name] = (tensor.shape[0] // len(names[ours]), *tensor.shape[1:])
-    require_fit(shapes_of(theirs), want, type(vq).__name__, where)
-    strict_load(vq, {ours: torch.cat([theirs[name] for name in those]) for ours, those in names.items()}, where)
+    fill_from_parts(vq, theirs, {ours: released_names(ours, len(vq.config.multipliers)) for ours in vq.state_dict()}, where)
 
 
 def released_names(ours: str, levels: int) -> tuple[str, ...]:

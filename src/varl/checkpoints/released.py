@@ -2,15 +2,15 @@
 
 import argparse
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from varl.checkpoints.folder import Shapes, read_tensors
+from varl.checkpoints.folder import Shapes, read_tensors, require_fit, shapes_of, strict_load
 from varl.errors import CheckpointError
 
 
@@ -73,3 +73,14 @@ def listed(names: Iterable[str]) -> str:
     """The first names, and how many more there are."""
     first = [f"`{name}`" for name in names]
     return (", ".join(first[:8]) or "nothing") + (f" and {len(first) - 8} more" if len(first) > 8 else "")
+
+
+def fill_from_parts(module: nn.Module, state: Mapping[str, Tensor], names: Mapping[str, Sequence[str]], where: str) -> None:
+    """`module` with a `state` that has other names: `names` says for each of ours which tensors it is put together of, in equal parts along
+    dimension 0. What does not fit is listed under the names of `state`."""
+    want = {}
+    for ours, tensor in module.state_dict().items():
+        for name in names[ours]:
+            want[name] = (tensor.shape[0] // len(names[ours]), *tensor.shape[1:])
+    require_fit(shapes_of(state), want, type(module).__name__, where)
+    strict_load(module, {ours: torch.cat([state[name] for name in those]) for ours, those in names.items()}, where)

@@ -11,23 +11,53 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from varl.checkpoints import janus, llamagen
-from varl.checkpoints.folder import Shapes, read_tensors, require_fit, shapes_of
+from varl.checkpoints import janus, llamagen, mar
+from varl.checkpoints.folder import Shapes, read_tensors, require_fit, shapes_of, strict_load
 from varl.checkpoints.hugging_face import transformers
 from varl.checkpoints.released import count, expect
 from varl.checkpoints.var import SCHEDULES, fill_tokenizer, fill_transformer, tokenizer_config, transformer_config
-from varl.config import CaptionConfig, LawConfig, NextScaleConfig, RasterConfig, TokenizerConfig, VQConfig, var_guidance
+from varl.config import (
+    CaptionConfig,
+    DiffusionHeadConfig,
+    KLConfig,
+    LawConfig,
+    MARConfig,
+    NextScaleConfig,
+    RasterConfig,
+    TokenizerConfig,
+    ViTConfig,
+    VQConfig,
+    mar_guidance,
+    mar_schedule,
+    var_guidance,
+)
 from varl.errors import CheckpointError, ConfigError
+from varl.models.diffusion_head import (
+    STEPS,
+    Process,
+    drawn,
+    evenly,
+    guided,
+    log_density,
+    noise_loss,
+    noised,
+    respaced,
+    reverse_step,
+    sinusoid,
+    variance_loss,
+)
 from varl.models.janus import Janus
+from varl.models.mar import MAR, known, masked
 from varl.models.next_scale import NextScale
 from varl.models.raster import Condition, Raster, attention_mask
 from varl.policies.next_scale import NextScalePolicy
 from varl.policies.raster import RasterPolicy, pad_left
 from varl.policies.sampling import guide, token_law, token_scores
 from varl.rng import Stream
+from varl.tokenizers.kl import KL
 from varl.tokenizers.multiscale_vq import Grid, MultiScaleVQ
 from varl.tokenizers.vq import VQ
 from varl.types import Prompt
@@ -139,7 +169,7 @@ def _check(root: Path, file: Path, info: dict[str, Any]) -> CaseResult:
 
 
 def _compare(family: str, name: str, case: Case) -> CaseResult:
-    want = {f"out.{name}": tensor for name, tensor in case.part("out.").items()}
+    want = {name: tensor for name, tensor in case.tensors.items() if name.startswith("out.")}
     tolerance = {entry["name"]: entry.get("tolerance") for entry in case.info["tensors"]}
     got = {f"out.{name}": tensor for name, tensor in FAMILIES[family].results(case).items()}
     unknown = [name for name in want if name not in got or tolerance.get(name) is None]
@@ -729,9 +759,225 @@ def _janus_transformer(case: Case) -> dict[str, Tensor]:
     return results
 
 
+# ---- MAR ------------------------------------------------------------------------------------------------------------------------------
+
+
+def _mar(case: Case) -> dict[str, Tensor]:
+    if "embed_dim" in case.config:
+        return _mar_tokenizer(case)
+    if "enc" in case.config:
+        return _mar_transformer(case)
+    raise ConfigError(f"{case.file}: config has neither embed_dim (an autoencoder) nor enc (a transformer).")
+
+
+def _mar_fit(shapes: Shapes, where: str) -> None:
+    state = {name: torch.empty(tuple(shape), device="meta") for name, shape in shapes.items()}
+    with torch.device("meta"):
+        if "z_proj.weight" in shapes:
+            strict_load(MAR(mar.transformer_config(shapes, KLConfig(), where)), state, where)
+        else:
+            mar.fill_tokenizer(KL(mar.tokenizer_config(shapes, where)), state, where)
+
+
+def _mar_tokenizer(case: Case) -> dict[str, Tensor]:
+    config, given = case.config, case.part("in.")
+    sizes = KLConfig(
+        channels=config["embed_dim"], width=config["ch"], multipliers=tuple(config["ch_mult"]), blocks=config["num_res_blocks"]
+    )
+    kl = KL(sizes).eval()
+    mar.fill_tokenizer(kl, case.part("sd."), str(case.file))
+    posterior = kl.encode(given["image"])
+    return {
+        "moments": kl.quant_conv(kl.encoder(given["image"])),
+        "mean": posterior.mean,
+        "logvar": posterior.log_variance,
+        "sample": posterior.draw(next(case.draws("sample"))),
+        "kl": posterior.kl(),
+        "decode": kl.decode(given["z"]),
+    }
+
+
+def _mar_transformer(case: Case) -> dict[str, Tensor]:
+    config, given = case.config, case.part("in.")
+    if config["patch_size"] != 1:
+        raise ConfigError(f"{case.file}: patch_size={config['patch_size']}; every released MAR has 1, and so has ours.")
+    side = config["img_size"] // config["vae_stride"]
+    encoder, decoder = (ViTConfig(width=width, depth=depth, heads=heads) for width, depth, heads in (config["enc"], config["dec"]))
+    model = MAR(
+        MARConfig(
+            encoder=encoder,
+            decoder=decoder,
+            head=DiffusionHeadConfig(depth=config["diffloss_d"], width=config["diffloss_w"]),
+            grid=(side, side),
+            num_classes=config["class_num"],
+            buffer=config["buffer_size"],
+            tokenizer=KLConfig(channels=config["vae_embed_dim"], width=1, multipliers=(1,), blocks=0, attention=False, scale=1.0),
+        )
+    ).eval()
+    strict_load(model, case.part("sd."), str(case.file))
+    kl, full = KL(model.config.tokenizer), respaced(range(STEPS))
+    tokens, missing = kl.tokens(given["latent"]), masked(given["orders"], config["n_mask"])
+    seen, nothing = known(missing), torch.full_like(given["labels"], config["class_num"])
+    condition = model.condition(given["labels"])
+    z = model(condition, tokens, seen)
+    results = {
+        "tokens": tokens,
+        "unpatchified": kl.maps(tokens, model.config.grid),
+        "mask": missing.float(),
+        "encoder": model.encode(condition, tokens, seen),
+        "decoder": z,
+        "decoder_uncond": model(model.condition(nothing), tokens, seen),
+        "decoder_allmasked": model(condition, torch.zeros_like(tokens), seen[:, :0]),
+        "time_embedding": sinusoid(given["t"]),
+        "net": model.head(given["x_t"], given["t"], given["cond"]),
+        "net_cfg": _mar_output(model, given["x_t"], given["t"], given["cond"], 2.5),
+        **_mar_tables("train_diffusion", full),
+        **_mar_tables("gen_diffusion", _mar_process(config["num_sampling_steps"])),
+        **_mar_losses(case, model, full, z, tokens, missing),
+        **_mar_steps(case, model),
+    }
+    for number, settings in enumerate(config["runs"]):
+        generated = _mar_generated(model, given["labels"], settings, config["num_sampling_steps"], case.draws(f"gen{number}"))
+        results |= {f"gen{number}{name}": tensor for name, tensor in generated.items()}
+    return results
+
+
+def _mar_process(steps: str) -> Process:
+    """MAR says "ddimN" for N steps at an equal stride from 0."""
+    return respaced(range(0, STEPS, STEPS // int(steps[4:])) if steps.startswith("ddim") else evenly(int(steps)))
+
+
+def _mar_tables(name: str, process: Process) -> dict[str, Tensor]:
+    return {
+        f"{name}_timestep_map": process.timesteps,
+        f"{name}_betas": process.betas,
+        f"{name}_alphas_cumprod": process.signal.square(),
+        f"{name}_posterior_log_variance_clipped": process.log_variances,
+        f"{name}_posterior_mean_coef1": process.mean_of_start,
+        f"{name}_posterior_mean_coef2": process.mean_of_x,
+        f"{name}_sqrt_recip_alphas_cumprod": process.start_of_x,
+        f"{name}_sqrt_recipm1_alphas_cumprod": process.start_of_eps,
+    }
+
+
+def _mar_output(
+    model: MAR, x: Float[Tensor, "n C"], timesteps: Int[Tensor, " n"], z: Float[Tensor, "n D"], cfg: float
+) -> Float[Tensor, "n out"]:
+    """Of the network; guided unless cfg is 1. Then the second half of z stands for no class, the second half of x is not read, and both
+    halves have the guided eps."""
+    if cfg == 1.0:
+        return model.head(x, timesteps, z)
+    cond, uncond = model.head(x[: len(x) // 2].repeat(2, 1), timesteps, z).chunk(2)
+    both = guided(cond, uncond, cfg)
+    return torch.cat([both, torch.cat([both.chunk(2, 1)[0], uncond.chunk(2, 1)[1]], 1)])
+
+
+def _mar_losses(
+    case: Case, model: MAR, full: Process, z: Float[Tensor, "B L D"], tokens: Float[Tensor, "B L C"], missing: Bool[Tensor, "B L"]
+) -> dict[str, Tensor]:
+    given, repeat, draws = case.part("in."), case.config["batch_mul"], case.draws("forward_loss")
+
+    def losses(x_0: Tensor, t: Tensor, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        x_t = noised(full, x_0, noise, t)
+        out = model.head(x_t, t, z)
+        return noise_loss(out, noise), variance_loss(full, out, x_0, x_t, t)
+
+    mse, vb = losses(given["x_0"], given["t_loss"], given["cond"], given["noise"])
+    t, noise = next(draws), next(draws)
+    again, bound = losses(tokens.repeat(repeat, 1, 1).flatten(0, 1), t, z.repeat(repeat, 1, 1).flatten(0, 1), noise)
+    weight = missing.repeat(repeat, 1).flatten().float()
+    return {
+        "q_sample": noised(full, given["x_0"], given["noise"], given["t_loss"]),
+        "loss_terms_mse": mse,
+        "loss_terms_vb": vb,
+        "loss_terms_loss": mse + vb,
+        "forward_loss": ((again + bound) * weight).sum() / weight.sum(),
+    }
+
+
+def _mar_steps(case: Case, model: MAR) -> dict[str, Tensor]:
+    """Each step by itself, and whole chains."""
+    config, given, results = case.config, case.part("in."), {}
+    for steps in (config["num_sampling_steps"], *config["other_steps"]):
+        process, name = _mar_process(steps), f"steps{steps}"
+        every = torch.arange(len(process))[:, None].expand(-1, len(given["x_t"]))
+        x, z = (given[part].expand(len(process), -1, -1) for part in ("x_t", "cond"))
+        mean, log_variance = reverse_step(process, model.head(x, process.timesteps[every], z), x, every)
+        scale = mean.abs().amax((1, 2))
+        results |= {**_mar_tables(name, process), f"{name}_mean": mean / scale[:, None, None], f"{name}_mean_scale": scale}
+        results |= {f"{name}_logvar": log_variance}
+    process, z = _mar_process(config["num_sampling_steps"]), given["cond"]
+    plain, _, _ = _mar_chain(model, process, z, case.draws("loop"))
+    both, _, _ = _mar_chain(model, process, z, case.draws("loop_cfg"), cfg=3.0, temperature=0.9)
+    path, density, std = _mar_chain(model, process, z, case.draws("logp"), temperature=0.8)
+    long, _, _ = _mar_chain(model, _mar_process("100"), z, case.draws("loop100"))
+    return results | {
+        "loop": plain[-1],
+        "loop_trajectory": plain,
+        "loop_cfg": both[-1],
+        "loop_cfg_trajectory": both,
+        "logp_prev": path,
+        "logp_logprob": density,
+        "logp_std": std,
+        "loop100": long[-1],
+    }
+
+
+def _mar_chain(
+    model: MAR, process: Process, z: Float[Tensor, "n D"], draws: Iterator[Tensor], cfg: float = 1.0, temperature: float = 1.0
+) -> tuple[Float[Tensor, "N n C"], Float[Tensor, "N n C"], Float[Tensor, "N n C"]]:
+    """x after every step, its log-density and standard deviation, from the last step to the first. Guided, both halves go on from the same
+    beginning, each with noise of its own, as the authors' do. At the first step noise is drawn, and not added."""
+    x = next(draws)
+    x = x if cfg == 1.0 else x.repeat(2, 1)
+    path, density, std = [], [], []
+    for index in reversed(range(len(process))):
+        t = torch.full((len(x),), index)
+        mean, log_variance = reverse_step(process, _mar_output(model, x, process.timesteps[t], z, cfg), x, t)
+        noise = next(draws)
+        x = drawn(mean, log_variance, noise, temperature) if index else mean
+        path.append(x)
+        density.append(log_density(x, mean, log_variance, temperature))
+        std.append(temperature * (0.5 * log_variance).exp())
+    return torch.stack(path), torch.stack(density), torch.stack(std)
+
+
+def _mar_generated(
+    model: MAR, labels: Int[Tensor, " B"], settings: Mapping[str, Any], denoising: str, draws: Iterator[Tensor]
+) -> dict[str, Tensor]:
+    """Token sets along recorded orders; of the two halves of a guided chain, the first is the picture's."""
+    count, steps, process = model.tokens, settings["num_iter"], _mar_process(denoising)
+    ramp = mar_guidance(settings["cfg"], count, steps)
+    scales = ramp if settings["cfg_schedule"] == "linear" else (settings["cfg"],) * steps
+    order = torch.stack([next(draws) for _ in labels])
+    condition = model.condition(labels)
+    nothing = model.condition(torch.full_like(labels, model.config.num_classes))
+    tokens = torch.zeros(len(labels), count, model.config.tokenizer.channels)
+    missing, masks, latents = masked(order, count), [], []
+    for cfg, left in zip(scales, mar_schedule(count, steps), strict=True):
+        masks.append(missing.float())
+        seen, after = known(missing), masked(order, left)
+        latents.append(model(condition, tokens, seen))
+        now = missing & ~after
+        z = latents[-1][now]
+        if settings["cfg"] != 1.0:
+            z = torch.cat([z, model(nothing, tokens, seen)[now]])
+        path, _, _ = _mar_chain(model, process, z, draws, cfg, settings["temperature"])
+        tokens[now] = path[-1][: int(now.sum())]
+        missing = after
+    kl = KL(model.config.tokenizer)
+    return {
+        "": kl.maps(tokens, model.config.grid),
+        "_masks": torch.stack(masks),
+        "_z": torch.stack(latents),
+        "_cfg": torch.tensor(scales),
+    }
+
+
 FAMILIES: dict[str, Family] = {
     "var": Family(results=_var, fit=_var_fit),
     "llamagen": Family(results=_llamagen, fit=_llamagen_fit),
     "janus": Family(results=_janus, fit=_janus_fit),
+    "mar": Family(results=_mar, fit=_mar_fit),
 }
 """The families that can be checked, by the JSON's `model`, of which a key list's begins so."""

@@ -89,7 +89,7 @@ def _of_run(config: RunConfig, calibrate: bool) -> Plan:
         available=device_memory(device),
         updates=updates,
     )
-    return _finished(plan, device, config.train.dtype, model_config.width, calibrate)
+    return _finished(plan, device, config.train.dtype, family.model.config.width, calibrate)
 
 
 def _of_pretraining(config: PretrainConfig, calibrate: bool) -> Plan:

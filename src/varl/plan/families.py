@@ -11,13 +11,16 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from varl.checkpoints.model import OwnPair, Pair, fresh
-from varl.config import ActingConfig, JanusConfig, ModelConfig, NextScaleConfig, RasterConfig
+from varl.config import ActingConfig, JanusConfig, MARConfig, ModelConfig, NextScaleConfig, RasterConfig
+from varl.errors import ConfigError
 from varl.models.classifier import Classifier
 from varl.models.janus import Janus
+from varl.models.mar import MAR
 from varl.models.next_scale import NextScale
 from varl.models.raster import Condition, Raster
 from varl.policies.acting import class_ids, require_text
 from varl.policies.next_scale import model_ids
+from varl.tokenizers.kl import KL
 from varl.tokenizers.multiscale_vq import MultiScaleVQ
 from varl.tokenizers.vq import VQ
 from varl.types import Layout, Prompt
@@ -195,6 +198,8 @@ def as_family(pair: Pair) -> Family:
             return NextScaleFamily(model, tokenizer)
         case (Raster() | Janus() as model, VQ() as tokenizer):
             return RasterFamily(model, tokenizer)
+        case (MAR(), KL()):
+            raise ConfigError("the model is a MAR, of which nothing can be planned yet. Give another model.")
     assert_never(pair)
 
 
@@ -203,7 +208,7 @@ def require_readable(prompts: Sequence[Prompt], config: ActingConfig) -> None:
     match config:
         case NextScaleConfig():
             model_ids(prompts, config)
-        case RasterConfig(num_classes=int() as classes):
+        case RasterConfig(num_classes=int() as classes) | MARConfig(num_classes=classes):
             class_ids(prompts, classes)
         case RasterConfig() | JanusConfig():
             require_text(prompts)

@@ -19,6 +19,7 @@ from varl.config import ClassifierConfig, FolderConfig, PicturesConfig, Pretrain
 from varl.errors import ConfigError, NumericsError
 from varl.models.classifier import Classifier
 from varl.models.janus import Janus
+from varl.models.mar import MAR
 from varl.models.next_scale import NextScale
 from varl.models.raster import Raster
 from varl.policies.raster import CaptionEncoder
@@ -30,6 +31,7 @@ from varl.pretrain.pixel_loss import PixelLossPhase
 from varl.pretrain.raster import RasterFamily
 from varl.pretrain.tokenizer import TokenizerPhase
 from varl.pretrain.transformer import TransformerPhase
+from varl.tokenizers.kl import KL
 from varl.tokenizers.multiscale_vq import MultiScaleVQ
 from varl.tokenizers.vq import VQ
 from varl.train.optim import lr_at, set_lr
@@ -114,6 +116,8 @@ def phases(
             family = RasterFamily(model, tokenizer, captions)
         case (Janus(), VQ()):
             raise ConfigError(f"init={config.init!r}: holds a Janus-Pro, which is not trained on here. Post-train it with `varl train`.")
+        case (MAR(), KL()):
+            raise ConfigError("model: is a MAR, which cannot be pre-trained yet. Give another model.")
         case _:
             assert_never(modules)
     if config.pixel_loss is not None and isinstance(family, RasterFamily):

@@ -1,4 +1,4 @@
-"""The convolutional autoencoder that the discrete tokenizers share (VQGAN's, arXiv 2012.09841): residual blocks, each level half the size
+"""The convolutional autoencoder that the tokenizers share (VQGAN's, arXiv 2012.09841): residual blocks, each level half the size
 of the one before, attention where pictures are smallest. Module names are those of VAR's released checkpoint."""
 
 from itertools import pairwise
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from varl.config import TokenizerConfig, VQConfig
+from varl.config import KLConfig, TokenizerConfig, VQConfig
 
 
 def norm(width: int) -> nn.GroupNorm:
@@ -89,7 +89,7 @@ class Middle(nn.Module):
 class Encoder(nn.Module):
     """Pictures to `channels` numbers per token, as a map."""
 
-    def __init__(self, config: TokenizerConfig | VQConfig, channels: int) -> None:
+    def __init__(self, config: TokenizerConfig | VQConfig | KLConfig, channels: int) -> None:
         super().__init__()
         widths = [config.width * m for m in config.multipliers]
         last = len(widths) - 1
@@ -117,9 +117,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """And back; what comes out is not clamped."""
+    """And back; what comes out is not clamped. Where `levels_attend` is False, attention is in the middle alone."""
 
-    def __init__(self, config: TokenizerConfig | VQConfig, channels: int) -> None:
+    def __init__(self, config: TokenizerConfig | VQConfig | KLConfig, channels: int, *, levels_attend: bool = True) -> None:
         super().__init__()
         widths = [config.width * m for m in config.multipliers]
         last = len(widths) - 1
@@ -131,7 +131,7 @@ class Decoder(nn.Module):
                 widths[min(i + 1, last)],
                 widths[i],
                 config.blocks + 1,
-                config.attention and i == last,
+                config.attention and levels_attend and i == last,
                 "upsample",
                 Up(widths[i]) if i > 0 else nn.Identity(),
             )
