@@ -370,7 +370,7 @@ def test_kl_of_moved_latents_is_that_of_gaussians_and_k3s_mean():
     policy = GaussianPolicy(tokens=1, numbers=1, steps=1).with_reference()
     with torch.no_grad():
         policy.module.bias += 0.3
-    rows = 20000
+    rows = 5000
     rollout = policy.rollout([Prompt(label=1)] * rows, Stream(seed=2, rows=tuple(range(rows))))
     score = policy.score(rollout)
     exact = sum((b * 0.3) ** 2 / (2 * sigma**2) for b, sigma in zip(policy.drive[:3], policy.sigma[:3], strict=True))
@@ -380,9 +380,9 @@ def test_kl_of_moved_latents_is_that_of_gaussians_and_k3s_mean():
     assert kl_divergence(Normal(0.0, 2.0), Normal(1.0, 2.0)).item() == pytest.approx(1 / 8)
 
 
-# ---- what further paths are worth: a single token, its latent a constant, 8192 pictures of one prompt
+# ---- what further paths are worth: a single token, its latent a constant, 2048 pictures of one prompt
 
-COUNT = 4096
+COUNT = 2048
 
 
 @pytest.fixture(scope="module")
@@ -414,9 +414,9 @@ def within(value, expected, errors=4.0):
     return abs(value.mean().item() - expected) < errors * value.std().item() / math.sqrt(len(value))
 
 
-@pytest.mark.parametrize("paths", [1, 4, 16, 64])
+@pytest.mark.parametrize("paths", [1, 4, 16, 48])
 def test_the_release_silences_a_token_and_leaves_one_mth_of_the_noise(single, paths):
-    """A fixed: the mean is 0 for any M, and the mean square that of a single path over M (within 4 standard errors, 9 % here)."""
+    """A fixed: the mean is 0 for any M, and the mean square that of a single path over M (within 4 standard errors, 13 % here)."""
     fisher = sum((b / sigma) ** 2 for b, sigma in zip(single.drive[:3], single.sigma[:3], strict=True))
     got = estimates(single, fixed=True, trajectories="release", num_trajectories=paths)
     assert within(got, 0.0)
@@ -459,9 +459,9 @@ def test_only_a_path_that_is_paid_for_its_own_picture_has_the_gradient_of_the_re
 def test_uncertainty_finds_the_spread_of_tokens(single):
     rng = Stream(seed=4, rows=tuple(range(8)))
     rollout = single.rollout([Prompt(label=1)] * 8, rng)
-    paths = single.redraw(rollout, rng.repeat(2000))
-    spread = uncertainty(paths.actions[:, :, -1].unflatten(0, (8, 2000)))
-    torch.testing.assert_close(spread, torch.full_like(spread, token_std(single)), rtol=4 / math.sqrt(4000), atol=0)
+    paths = single.redraw(rollout, rng.repeat(500))
+    spread = uncertainty(paths.actions[:, :, -1].unflatten(0, (8, 500)))
+    torch.testing.assert_close(spread, torch.full_like(spread, token_std(single)), rtol=4 / math.sqrt(1000), atol=0)
 
 
 def test_an_early_look_is_drawn_towards_the_later_latent():

@@ -50,7 +50,7 @@ def stratified(uniform: Float[Tensor, "*B"], total: int, count: int) -> Bool[Ten
 def uncertainty(tokens: Float[Tensor, "B M L d"]) -> Float[Tensor, "B L"]:
     """How far M tokens from the same latent differ: standard deviation over the M (divided by M, as released), mean over the d numbers; in
     the unit of the latents. 0 for M = 1."""
-    return tokens.std(1, correction=0).mean(-1)
+    return tokens.float().std(1, correction=0).mean(-1)
 
 
 def uncertain_mask(spread: Float[Tensor, "B L"], fraction: float) -> Bool[Tensor, "B L"]:
