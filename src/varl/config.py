@@ -499,6 +499,61 @@ class VAPIConfig:
             )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MARGRPOConfig:
+    """MAR-GRPO (arXiv 2604.06966): GRPO on the denoising paths of a masked model whose diffusion head is frozen. The release's form is
+    trajectories=release, support=unknown, consistency=0, grpo.loss_type=grpo. Modes that train on further paths make num_trajectories + 1
+    rows of each that share one forward pass, so `train.rollouts_per_backward` should be a multiple of that."""
+
+    grpo: GRPOConfig = GRPOConfig(num_generations=8)
+    """The paper has num_generations=4 and beta=0.01. A token's ratio is that of all its scored moves together: with num_iterations above 1
+    a Flow-GRPO range of 1e-4, for the mean over k moves of d numbers, is epsilon = 1e-4 k d here."""
+    ar_steps: int = 12
+    """K: on how many of a picture's steps to train, evenly spread; 0 is all. 12 of 64 is the paper's."""
+    denoise_moves: int = 10
+    """k: on how many of a token's admissible moves to train, evenly spread, chosen for each token anew; 0 is all. 10 of 25 is the
+    paper's."""
+    num_trajectories: int = 4
+    """M, further denoising paths of each token from the same latent; 0 is plain GRPO. The release has 3 (NOVA) and 5 (Harmon)."""
+    trajectories: Literal["release", "include_primary", "precision_weight", "rewarded"] = "precision_weight"
+    """What they do for the uncertain tokens, see `algorithms/mar_grpo.py`: replace the path that made the picture, at its advantage
+    (release); join it (include_primary); only say how far to damp it (precision_weight); join it, each with a picture and a reward of its
+    own (rewarded)."""
+    uncertain_fraction: float = 0.3
+    """Share of a picture's tokens, those that differ most between trajectories, that this is done for. 0.3 is the release's."""
+    support: Literal["committed", "unknown"] = "committed"
+    """Which tokens a step is trained on: those it put into the picture, or, as released, all that were not known before it."""
+    consistency: float | None = None
+    """Of the unknown tokens, only those learn from the reward whose cosine to the final token the step raised by more than this; 0 is the
+    release's, None takes all."""
+
+    def __post_init__(self) -> None:
+        for name in ("ar_steps", "denoise_moves"):
+            _demand(f"mar_grpo.{name}", getattr(self, name), getattr(self, name) >= 0, "0 (all) or more")
+        _demand("mar_grpo.num_trajectories", self.num_trajectories, self.num_trajectories >= 0, "0 (plain GRPO) or more")
+        _demand("mar_grpo.uncertain_fraction", self.uncertain_fraction, 0 <= self.uncertain_fraction <= 1, "a share of the tokens, 0 to 1")
+        if self.num_trajectories == 1 and (self.trajectories == "precision_weight" or 0 < self.uncertain_fraction < 1):
+            raise ConfigError(
+                "mar_grpo.num_trajectories=1: one path alone does not spread, so no token is more uncertain than another. Set it to 2 or "
+                "more, or uncertain_fraction to 0 or 1 and trajectories to release, include_primary or rewarded."
+            )
+        if self.consistency is not None and self.support == "committed":
+            raise ConfigError(
+                f"mar_grpo.consistency={self.consistency}: the filter keeps every token that the step put into the picture, so with "
+                "support=committed it does nothing. Leave it out, or set support=unknown."
+            )
+        if self.support == "unknown" and (self.grpo.loss_type != "grpo" or self.grpo.panw_alpha > 0):
+            raise ConfigError(
+                f"mar_grpo.support='unknown' gives every step a mean of its own, as released; grpo.loss_type={self.grpo.loss_type!r} and "
+                f"panw_alpha={self.grpo.panw_alpha} would weigh steps by their tokens. Set loss_type=grpo and panw_alpha=0."
+            )
+        if self.support == "unknown" and self.trajectories == "rewarded":
+            raise ConfigError(
+                "mar_grpo.trajectories='rewarded': a token that is looked at before it is settled has made no picture to be rewarded for. "
+                "Set support=committed, or another mode."
+            )
+
+
 AlgorithmConfig = GRPOConfig | VARRLConfig | VAPIConfig
 
 # ---- data, rewards, training ---------------------------------------------------------------------------------------------------------

@@ -88,6 +88,42 @@ class _Batch:
 
         return replace(self, **{f.name: pick(getattr(self, f.name)) for f in fields(self) if not f.metadata.get("whole")})  # type: ignore[type-var]
 
+    def beside(self, further: Any) -> Any:
+        """Each row, followed by its own: `further` has len(further) / B rows for each of them, side by side."""
+        count, copies = len(self), len(further) // len(self)  # type: ignore[arg-type]
+
+        def join(first: Any, second: Any) -> Any:
+            match first:
+                case Tensor():
+                    return torch.cat([first, second])
+                case tuple():
+                    return first + second
+                case _Batch():
+                    names = [f.name for f in fields(first) if not f.metadata.get("whole")]  # type: ignore[arg-type]
+                    return replace(first, **{name: join(getattr(first, name), getattr(second, name)) for name in names})  # type: ignore[type-var]
+                case dict():
+                    return {name: join(part, second[name]) for name, part in first.items()}
+            return first
+
+        return join(self, further).rows([row for i in range(count) for row in (i, *range(count + i * copies, count + (i + 1) * copies))])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain(_Batch):
+    """Of tokens that are not chosen at once but by N moves each, the last of which ends at the token: what is known of every move."""
+
+    logp: Float[Tensor, "B L N"]
+    """Log-density of each move, summed over its d numbers; nats, under the law that is scored. Of no meaning where the move is not drawn
+    but computed."""
+    scored: Bool[Tensor, "B L N"]
+    """Moves that count: `Rollout.logp` and what `Policy.score` gives are sums over these, and it costs no more than they do. As drawn: all
+    admissible ones, the same for every token, which leaves out those without noise. None for tokens that are not `sampled`."""
+    sample_logp: Float[Tensor, "B L N"] | None = None
+    """As `logp`, under the law that was drawn from, where that is another one."""
+    settled: Int[Tensor, "B L"] | None = None
+    """The step that put the token into the picture, where tokens are looked at in another one: at step i, those settled before i are
+    known. Else that is `Rollout.step`."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout(_Batch):
@@ -95,7 +131,7 @@ class Rollout(_Batch):
 
     prompts: tuple[Prompt, ...]
     actions: Tensor
-    """Family-private: ids [B, L], bits [B, L, d], denoising paths [B, L, N+1, d]."""
+    """Family-private: ids [B, L], bits [B, L, d]; or denoising paths [B, L, N+1, d], whose last entry is the token."""
     logp: Float[Tensor, "B L"]
     """Nats, under the law that is scored; what `Policy.score` must give again before the first update."""
     step: Int[Tensor, "B L"]
@@ -107,7 +143,9 @@ class Rollout(_Batch):
     sample_logp: Float[Tensor, "B L"] | None = None
     """Nats, under the law that was drawn from, where that is another one."""
     context: Tensor | None = None
-    """Teacher-forced inputs (VA-pi), where they are not the actions."""
+    """Teacher-forced inputs (VA-pi), where they are not the actions; the tokens [B, L, d] whose paths were drawn anew (MAR-GRPO)."""
+    chain: Chain | None = None
+    """Where a token is chosen by a chain of moves."""
     state: Any = field(default=None, metadata={"whole": True}, repr=False)
     """What a branching policy needs to go on from here: its caches, of exactly these rows."""
 
@@ -246,10 +284,18 @@ class TeacherForcedPolicy(Policy, Protocol):
 
 @runtime_checkable
 class RedrawingPolicy(Policy, Protocol):
-    """What MAR-GRPO needs: draw the same tokens again from the same latents."""
+    """What MAR-GRPO needs: draw the same tokens again from the same latents. Rows side by side that share prompt, context and steps share
+    their latents too, so one forward pass serves them."""
 
     def redraw(self, rollout: Rollout, rng: Stream) -> Rollout:
-        """`len(rng)` further denoising paths, len(rng) / B for each row."""
+        """`len(rng)` further denoising paths, len(rng) / B for each row, every token's from the latent that it was drawn from: `context`
+        holds the tokens of the rollout, and nothing that is redrawn is seen by another token."""
+        ...
+
+    def preview(self, rollout: Rollout, rng: Stream, steps: Int[Tensor, "B K"]) -> Rollout:
+        """What the row's `steps` made of every token that was not known then, B * K rows side by side, len(rng) of them: those that the
+        step settled keep their path, the others are drawn, never shown and thrown away. `step` is that step for all tokens, `sampled` are
+        those not known, `context` the tokens of the rollout, `chain.settled` its steps."""
         ...
 
 

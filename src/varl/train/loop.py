@@ -341,6 +341,9 @@ class TimedPolicy:
     def redraw(self, rollout: Rollout, rng: Stream) -> Rollout:
         return self._timed("rollout", "redraw", rollout, rng)
 
+    def preview(self, rollout: Rollout, rng: Stream, steps: Tensor) -> Rollout:
+        return self._timed("rollout", "preview", rollout, rng, steps)
+
     def decode(self, rollout: Rollout) -> Tensor:
         return self._timed("decode", "decode", rollout)
 
