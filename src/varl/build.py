@@ -149,7 +149,7 @@ def build_reward(config: RewardConfig, pictures: PicturesOf | None = None) -> Re
         case PythonRewardConfig():
             return load_callable(config.target)
         case ReconstructionConfig():
-            return build_reconstruction(config, demand_pictures("reconstruction", pictures))
+            return ReconstructionReward(config, demand_pictures("reconstruction", pictures), *open_network(config))
     assert_never(config)
 
 
@@ -158,11 +158,6 @@ def demand_pictures(who: str, pictures: PicturesOf | None) -> PicturesOf:
     if pictures is None:
         raise ConfigError(f"{who} compares with real pictures, and this data has none. Set data to pictures.")
     return pictures
-
-
-def build_reconstruction(config: ReconstructionConfig, pictures: PicturesOf) -> ReconstructionReward:
-    """With LPIPS from released files, with the feature maps of a classifier or a function, or with neither."""
-    return ReconstructionReward(config, pictures, *open_network(config))
 
 
 def build_judge(config: RunConfig, pictures: PicturesOf | None) -> RewardJudge:

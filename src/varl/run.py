@@ -29,7 +29,7 @@ from varl.build import (
 )
 from varl.checkpoints import model as model_folder
 from varl.checkpoints import run_state
-from varl.checkpoints.folder import write_bytes
+from varl.checkpoints.folder import replace_file
 from varl.config import RunConfig, VAPIConfig, VARRLConfig
 from varl.distributed import mesh
 from varl.distributed.reduce import all_sum
@@ -220,7 +220,7 @@ class Watch:
                 read.append(told(piece, row, ends))
                 if isinstance(self.config.algorithm, VAPIConfig):
                     read[-1]["draws"] = self._draws(folder, len(read) - 1, drawn, piece, row)
-        write_json(folder / "read.json", read)
+        replace_file(folder / "read.json", json.dumps(read).encode())
         self.run.images(step, torch.stack(grid), [prompt.text or str(prompt.label) for prompt in fixed])
         self._index(step)
 
@@ -248,7 +248,7 @@ class Watch:
             "prompts": [{"text": p.text, "words": p.words, "style": p.style} for p in self.prompts.fixed],
             "steps": sorted({*(s for s in steps if s < step), step}),
         }
-        write_json(file, index)
+        replace_file(file, json.dumps(index).encode())
 
 
 class Shown:
@@ -260,13 +260,6 @@ class Shown:
     def submit(self, images: Tensor, prompts: Sequence[Prompt]) -> Future[Judgement]:
         self.images.append(images)
         return self.judge.submit(images, prompts)
-
-
-def write_json(file: Path, value: Any) -> None:
-    """`file` holds `value` from one moment to the next."""
-    beside = file.with_name(f"{file.name}.tmp")
-    write_bytes(beside, json.dumps(value).encode())
-    beside.replace(file)
 
 
 def finite(value: Tensor) -> float | None:

@@ -199,6 +199,14 @@ def write_bytes(file: Path, data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def replace_file(file: Path, data: bytes) -> None:
+    """`file` holds `data` from one moment to the next; folders are made as needed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f"{file.name}.tmp")
+    write_bytes(beside, data)
+    beside.replace(file)
+
+
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> str:
     """sha256 of the safetensors file that was written, and flushed to the disk."""
     packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -36,13 +36,6 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def write_atomic(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f"{file.name}.tmp")
-    beside.write_text(text)
-    beside.replace(file)
-
-
 def available_cores() -> int:
     """That this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from varl.build import build_judge, build_prompts, model_path, new_policy
 from varl.checkpoints import model as model_folder
-from varl.checkpoints.folder import load_notes
+from varl.checkpoints.folder import load_notes, replace_file
 from varl.config import GlyphsConfig, LawConfig, PretrainConfig, RunConfig
 from varl.data import glyphs
-from varl.demo import Say, Tick, available_cores, commit, copy_gallery, threads, write_atomic
+from varl.demo import Say, Tick, available_cores, commit, copy_gallery, threads
 from varl.eval.distances import frechet_replicates, moments
 from varl.eval.features import extract, open_pictures
 from varl.eval.fid import GROUPS, compare_sets
@@ -58,7 +58,7 @@ def demo(out: Path, seed: int, say: Say, tick: Tick) -> Path:
     before = read(model_path(config.model), cache=out / "eval" / "before", laws=LAWS)
     say(f"     Frechet distance {before['T1.0']['fd']:.1f} at temperature 1")
     say(f"2/5  VA-pi: {config.train.steps} steps")
-    write_atomic(out / "command.txt", f"varl demo va-pi --out {shlex.quote(str(out))} --seed {seed}\n")
+    replace_file(out / "command.txt", f"varl demo va-pi --out {shlex.quote(str(out))} --seed {seed}\n".encode())
     trained = post_train(config, out, "VA-pi", tick)
     if trained is None:
         return out
@@ -78,7 +78,7 @@ def demo(out: Path, seed: int, say: Say, tick: Tick) -> Path:
     shuffled = read(random, cache=out / "eval" / "shuffled", laws=PLAIN)
     say("5/5  report")
     summary = summarise(config, notes, {"before": before, "after": after, **trained_on, "shuffled_reward": shuffled})
-    write_atomic(out / "summary.json", json.dumps(summary, indent=2))
+    replace_file(out / "summary.json", json.dumps(summary, indent=2).encode())
     gallery(out)
     write_report(out, definitions=METRICS)
     return out
@@ -146,7 +146,7 @@ def evaluate(folder: Path, *, config: RunConfig, cache: Path, laws: Mapping[str,
         results["teacher_forced"] = teacher_forced_metrics(policy, held.heldout, held.pictures, reward, seed=EVAL_SEED)  # type: ignore[arg-type]
     finally:
         reward.close()
-    write_atomic(done, json.dumps(results, indent=2))
+    replace_file(done, json.dumps(results, indent=2).encode())
     return results
 
 
@@ -163,14 +163,14 @@ def keep_pictures(folder: Path, images: Tensor, prompts: tuple[Prompt, ...], rig
     for place, (image, prompt) in enumerate(list(zip(images, prompts, strict=True))[:GALLERY]):
         save_picture(folder / f"{place:02d}.png", image)
         told.append({"text": prompt.text, "found": [], "correct": bool(right[place])})
-    write_atomic(folder / "index.json", json.dumps(told))
+    replace_file(folder / "index.json", json.dumps(told).encode())
 
 
 def gallery(out: Path) -> None:
     """What the report shows side by side."""
     before, after = copy_gallery(out)
     rows = [{"text": b["text"], "style": [], "before": b, "after": a} for b, a in zip(before, after, strict=True)]
-    write_atomic(out / "gallery" / "index.json", json.dumps(rows))
+    replace_file(out / "gallery" / "index.json", json.dumps(rows).encode())
 
 
 def best(results: Results) -> tuple[str, float]:

@@ -10,9 +10,9 @@ from typing import Any
 
 from varl.build import build_prompts, model_path, new_policy
 from varl.checkpoints import model as model_folder
-from varl.checkpoints.folder import load_notes
+from varl.checkpoints.folder import load_notes, replace_file
 from varl.config import LawConfig, OCRConfig, PretrainConfig, RunConfig, WordsConfig
-from varl.demo import Say, Tick, available_cores, commit, copy_gallery, threads, write_atomic
+from varl.demo import Say, Tick, available_cores, commit, copy_gallery, threads
 from varl.eval.words import Sample, draw_sample, reading_metrics, token_diversity
 from varl.pretrain.run import pretrain
 from varl.recipes import pretrain as pretrain_recipes
@@ -48,7 +48,7 @@ def demo(out: Path, seed: int, say: Say, tick: Tick) -> Path:
     before = read(model_path(config.model), cache=out / "eval" / "before")
     say(f"     word accuracy {before['T1.0']['word_accuracy']:.3f} at temperature 1")
     say(f"2/4  post-training: {config.train.steps} steps")
-    write_atomic(out / "command.txt", f"varl demo words --out {shlex.quote(str(out))} --seed {seed}\n")
+    replace_file(out / "command.txt", f"varl demo words --out {shlex.quote(str(out))} --seed {seed}\n".encode())
     with threads(available_cores()):
         outcome = train(
             config,
@@ -72,7 +72,7 @@ def demo(out: Path, seed: int, say: Say, tick: Tick) -> Path:
     control = read(on, cache=out / "eval" / "continued")
     say("4/4  report")
     summary = summarise(config, before, after, control, trained, engine, second)
-    write_atomic(out / "summary.json", json.dumps(summary, indent=2))
+    replace_file(out / "summary.json", json.dumps(summary, indent=2).encode())
     gallery(out)
     write_report(out, definitions=METRICS)
     return out
@@ -122,7 +122,7 @@ def evaluate(folder: Path, *, config: RunConfig, cache: Path, engine: str, secon
                     other.close()
     finally:
         reward.close()
-    write_atomic(done, json.dumps(results, indent=2))
+    replace_file(done, json.dumps(results, indent=2).encode())
     return results
 
 
@@ -138,7 +138,7 @@ def keep_pictures(folder: Path, sample: Sample, judgement: Judgement) -> None:
         told.append(
             {"text": prompt.text, "style": prompt.style, "found": found, "correct": bool(judgement.parts["word_accuracy"][row] == 1)}
         )
-    write_atomic(folder / "index.json", json.dumps(told))
+    replace_file(folder / "index.json", json.dumps(told).encode())
 
 
 def gallery(out: Path) -> None:
@@ -152,7 +152,7 @@ def gallery(out: Path) -> None:
         }
         for b, a in zip(before, after, strict=True)
     ]
-    write_atomic(out / "gallery" / "index.json", json.dumps(rows))
+    replace_file(out / "gallery" / "index.json", json.dumps(rows).encode())
 
 
 def best(results: Mapping[str, Mapping[str, float]]) -> tuple[str, float]:

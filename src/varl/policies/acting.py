@@ -1,7 +1,9 @@
 """What the policies of token models share: prompts of classes, laws that fit, what was drawn as a record, what is replayed as a score."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -11,7 +13,7 @@ from varl.config import LawConfig
 from varl.errors import ConfigError, DataError
 from varl.policies.sampling import analytic_kl, draw_several, entropy, in_row_chunks, token_law
 from varl.rng import Stream
-from varl.types import Prompt, Rollout, Score
+from varl.types import Layout, Prompt, Rollout, Score
 
 Logits = Callable[[slice], tuple[Tensor, Tensor | None]]
 """Conditional and, where guided, unconditional logits [b, l, V] of a slice of rows."""
@@ -42,6 +44,59 @@ def require_laws(laws: Mapping[str, LawConfig], steps: int, step: str, vocab: in
             raise ConfigError(f"{name}.cfg_scale has {len(law.cfg_scale)} values, the model {steps} {step}s. Give one, or one per {step}.")
         if law.top_k > vocab:
             raise ConfigError(f"{name}.top_k={law.top_k} is more than the vocabulary of {vocab}. Set 0 to keep all tokens.")
+
+
+Own = TypeVar("Own", bound="TokenPolicy")
+
+
+class TokenPolicy:
+    """What the policies of token models do alike; each family has its own model, and says how it acts, scores and renders."""
+
+    step_name: ClassVar[str]
+    """What a step is called."""
+    module: Any
+    layout: Layout
+    sample_law: LawConfig
+    score_law: LawConfig
+    dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        raise NotImplementedError
+
+    def prefix(self, prompts: Sequence[Prompt], rng: Stream, *, steps: int) -> Rollout:
+        raise NotImplementedError
+
+    def render(self, rollout: Rollout) -> Float[Tensor, "B 3 H W"]:
+        """What the tokenizer makes of it, meant to lie in [-1, 1] and not clamped."""
+        raise NotImplementedError
+
+    def under(self: Own, law: LawConfig) -> Own:
+        """The same weights, drawing and scoring under another law."""
+        other = copy.copy(self)
+        other.sample_law = other.score_law = law
+        other._check_laws()
+        return other
+
+    def rollout(self, prompts: Sequence[Prompt], rng: Stream) -> Rollout:
+        return replace(self.prefix(prompts, rng, steps=self.layout.steps), state=None)
+
+    def decode(self, rollout: Rollout) -> Float[Tensor, "B 3 H W"]:
+        return self.render(rollout).add(1).div(2).clamp(0, 1)
+
+    @property
+    def vocab(self) -> int:
+        return self.module.config.tokenizer.vocab
+
+    @property
+    def _guided(self) -> bool:
+        return self.sample_law.guided or self.score_law.guided
+
+    def _check_laws(self) -> None:
+        require_laws({"sample_law": self.sample_law, "score_law": self.score_law}, self.layout.steps, self.step_name, self.vocab)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
 
 # ---- acting ---------------------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
 """A next-scale model behind `BranchingPolicy`: act scale by scale, stop at any scale, fork the cache there, replay in one pass."""
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -15,13 +14,13 @@ from varl.models.next_scale import Condition, NextScale
 from varl.policies.acting import (
     Drawn,
     Logits,
+    TokenPolicy,
     class_ids,
     continued,
     draw_tokens,
     join,
     map_drawn,
     new_rollout,
-    require_laws,
     require_text,
     require_unfinished,
     score_tokens,
@@ -51,7 +50,9 @@ class Branch:
     f_hat: Float[Tensor, "B C h w"]
 
 
-class NextScalePolicy:
+class NextScalePolicy(TokenPolicy):
+    step_name = "scale"
+
     def __init__(
         self,
         model: NextScale,
@@ -69,23 +70,9 @@ class NextScalePolicy:
         """A frozen model of the same shape; set it to have `Score.kl` and `Score.ref_logp`."""
         self._check_laws()
 
-    def under(self, law: LawConfig) -> "NextScalePolicy":
-        """The same weights, drawing and scoring under another law."""
-        other = copy.copy(self)
-        other.sample_law = other.score_law = law
-        other._check_laws()
-        return other
-
-    def _check_laws(self) -> None:
-        laws = {"sample_law": self.sample_law, "score_law": self.score_law}
-        require_laws(laws, self.layout.steps, "scale", self.module.config.tokenizer.vocab)
-
     @property
     def device(self) -> torch.device:
         return self.module.pos_start.device
-
-    def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     # -- prompts -----------------------------------------------------------------------------------------------------------------------
 
@@ -102,13 +89,6 @@ class NextScalePolicy:
         return model.condition(self.ids(list(places))).rows(torch.tensor(rows, device=self.device))
 
     # -- acting ------------------------------------------------------------------------------------------------------------------------
-
-    @property
-    def _guided(self) -> bool:
-        return self.sample_law.guided or self.score_law.guided
-
-    def rollout(self, prompts: Sequence[Prompt], rng: Stream) -> Rollout:
-        return replace(self.prefix(prompts, rng, steps=self.layout.steps), state=None)
 
     @torch.no_grad()
     def prefix(self, prompts: Sequence[Prompt], rng: Stream, *, steps: int) -> Rollout:
@@ -189,9 +169,6 @@ class NextScalePolicy:
         return logits_of
 
     # -- showing -----------------------------------------------------------------------------------------------------------------------
-
-    def decode(self, rollout: Rollout) -> Float[Tensor, "B 3 H W"]:
-        return self.render(rollout).add(1).div(2).clamp(0, 1)
 
     @torch.no_grad()
     def render(self, rollout: Rollout) -> Float[Tensor, "B 3 H W"]:

@@ -1,9 +1,8 @@
 """A raster model, LlamaGen's or Janus-Pro's, behind `BranchingPolicy` and `TeacherForcedPolicy`: act token by token, stop at any, replay in
 one pass, or draw all tokens of a picture at once, each given a real picture's tokens before it."""
 
-import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +17,13 @@ from varl.models.raster import Condition, Raster
 from varl.policies.acting import (
     Drawn,
     Logits,
+    TokenPolicy,
     class_ids,
     continued,
     draw_tokens,
     join,
     map_drawn,
     new_rollout,
-    require_laws,
     require_text,
     require_unfinished,
     score_tokens,
@@ -101,7 +100,9 @@ class Branch:
     cache: KVCache
 
 
-class RasterPolicy:
+class RasterPolicy(TokenPolicy):
+    step_name = "token"
+
     def __init__(
         self,
         model: Raster | Janus,
@@ -126,26 +127,8 @@ class RasterPolicy:
             raise ConfigError("this model reads captions and the policy has no encoder for them. Give `captions`, from texts to features.")
 
     @property
-    def vocab(self) -> int:
-        return self.module.config.tokenizer.vocab
-
-    def under(self, law: LawConfig) -> "RasterPolicy":
-        """The same weights, drawing and scoring under another law."""
-        other = copy.copy(self)
-        other.sample_law = other.score_law = law
-        other._check_laws()
-        return other
-
-    def _check_laws(self) -> None:
-        laws = {"sample_law": self.sample_law, "score_law": self.score_law}
-        require_laws(laws, self.layout.steps, "token", self.module.config.tokenizer.vocab)
-
-    @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
-
-    def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     # -- prompts -----------------------------------------------------------------------------------------------------------------------
 
@@ -165,10 +148,6 @@ class RasterPolicy:
 
     # -- acting ------------------------------------------------------------------------------------------------------------------------
 
-    @property
-    def _guided(self) -> bool:
-        return self.sample_law.guided or self.score_law.guided
-
     def _both(self, rows: Tensor) -> Tensor:
         """`rows` for the conditional half of a batch, and for the unconditional one."""
         return torch.cat([rows, rows]) if self._guided else rows
@@ -176,9 +155,6 @@ class RasterPolicy:
     def _halves(self, logits: Float[Tensor, "b l V"]) -> tuple[Tensor, Tensor | None]:
         half = len(logits) // 2
         return (logits[:half], logits[half:]) if self._guided else (logits, None)
-
-    def rollout(self, prompts: Sequence[Prompt], rng: Stream) -> Rollout:
-        return replace(self.prefix(prompts, rng, steps=self.layout.steps), state=None)
 
     @torch.no_grad()
     def prefix(self, prompts: Sequence[Prompt], rng: Stream, *, steps: int) -> Rollout:
@@ -313,9 +289,6 @@ class RasterPolicy:
         """Numbers in the tokenizer's widest layer, per picture."""
         h, w = self.module.config.image_size
         return h * w // self.tokenizer.config.patch**2 * self.tokenizer.config.width
-
-    def decode(self, rollout: Rollout) -> Float[Tensor, "B 3 H W"]:
-        return self.render(rollout).add(1).div(2).clamp(0, 1)
 
     @torch.no_grad()
     def render(self, rollout: Rollout) -> Float[Tensor, "B 3 H W"]:

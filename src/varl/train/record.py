@@ -19,7 +19,7 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from varl.checkpoints.folder import write_bytes
+from varl.checkpoints.folder import replace_file
 from varl.errors import ConfigError
 from varl.settings import diff, from_yaml, to_yaml
 
@@ -127,7 +127,7 @@ class RunDirectory:
         file = self.path / "metrics.jsonl"
         kept = [line for line in file.read_bytes().splitlines(keepends=True) if _step_of(line) <= step]
         self._metrics.close()
-        _replace(file, b"".join(kept))
+        replace_file(file, b"".join(kept))
         self._metrics = file.open("ab")
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -182,7 +182,7 @@ class RunDirectory:
                 raise ConfigError(
                     f"{self.path} holds a run with other settings:\n  {every}\nGive another --out, or the same settings to go on."
                 )
-        _replace(file, to_yaml(config).encode())
+        replace_file(file, to_yaml(config).encode())
 
 
 def picture(image: Float[Tensor, "3 H W"]) -> Image.Image:
@@ -251,11 +251,4 @@ def _save_png(file: Path, sheet: Image.Image) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f"{file.name}.tmp")
     sheet.save(beside, format="PNG")
-    beside.replace(file)
-
-
-def _replace(file: Path, data: bytes) -> None:
-    """`file` holds `data` from one moment to the next."""
-    beside = file.with_name(f"{file.name}.tmp")
-    write_bytes(beside, data)
     beside.replace(file)
