@@ -1,6 +1,6 @@
 import json
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.convert import load_released
 from varl.checkpoints.mar import load_mar, released, tokenizer_config, transformer_config
-from varl.config import DiffusionHeadConfig, KLConfig, MARConfig, ViTConfig, mar_guidance, mar_schedule
+from varl.config import DiffusionHeadConfig, KLConfig, MARConfig, ViTConfig, settled_counts
 from varl.errors import CheckpointError, ConfigError
 from varl.models.mar import MAR, known, masked
 from varl.tokenizers.kl import KL
@@ -48,42 +48,6 @@ def orders(batch: int, tokens: int = 9) -> torch.Tensor:
 # ---- orders and schedules
 
 
-@pytest.mark.parametrize(
-    ("tokens", "steps", "first", "last"),
-    [
-        (256, 64, [1, 1, 1, 1, 1, 1], [7, 6, 6, 6]),
-        (256, 16, [2, 3, 7, 8, 11, 13], [23, 25, 24, 25]),
-        (256, 12, [3, 6, 11, 15, 18, 22], [31, 31, 33, 33]),
-        (1024, 64, [1, 1, 1, 2, 3, 4], [25, 25, 25, 25]),
-    ],
-)
-def test_released_schedules(tokens, steps, first, last):
-    left = mar_schedule(tokens, steps)
-    counts = [a - b for a, b in zip((tokens, *left), left, strict=False)]
-    assert counts[:6] == first
-    assert counts[-4:] == last
-    assert sum(counts) == tokens
-
-
-@pytest.mark.parametrize("tokens", [1, 2, 3, 9, 16])
-def test_every_step_draws_a_token(tokens):
-    for steps in range(1, tokens + 1):
-        left = (tokens, *mar_schedule(tokens, steps))
-        assert len(left) == steps + 1
-        assert all(a > b for a, b in pairwise(left))
-        assert left[-1] == 0
-    assert mar_schedule(tokens, tokens) == tuple(reversed(range(tokens)))
-    for steps in (0, tokens + 1):
-        with pytest.raises(ConfigError, match=f"steps={steps}: {tokens} tokens"):
-            mar_schedule(tokens, steps)
-
-
-def test_guidance_grows_with_what_is_known():
-    assert mar_schedule(16, 4) == (14, 11, 6, 0)
-    assert mar_guidance(3.0, 16, 4) == (1.25, 1.625, 2.25, 2.875)
-    assert mar_guidance(1.0, 16, 4) == (1.0,) * 4
-
-
 def test_masks_follow_the_order_from_its_end():
     order = torch.tensor([[2, 0, 3, 1], [0, 1, 2, 3]])
     assert masked(order, 2).tolist() == [[True, False, True, False], [True, True, False, False]]
@@ -95,7 +59,8 @@ def test_masks_follow_the_order_from_its_end():
 
 
 def test_sets_are_disjoint_and_complete():
-    order, left = orders(3), (9, *mar_schedule(9, 4))
+    order = orders(3)
+    left = [9 - count for count in accumulate(settled_counts(9, 4), initial=0)]
     sets = [masked(order, before) & ~masked(order, after) for before, after in pairwise(left)]
     assert torch.equal(sum(s.int() for s in sets), torch.ones(3, 9, dtype=torch.int))
 

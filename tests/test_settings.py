@@ -120,6 +120,8 @@ def needed(cls):
         return {"num_classes": 3, "image_size": (16, 16)}
     if cls is configs.PixelLossConfig:
         return {"trains": "decoder"}
+    if cls is configs.ClassScoreConfig:
+        return {"classifier": "c"}
     return {"path": "p"} if cls in (FolderConfig, configs.PicturesConfig) else {"target": "a:b"} if cls is PythonRewardConfig else {}
 
 
@@ -163,8 +165,8 @@ BASE = RunConfig(model="m", algorithm=VARRLConfig())
         ("score_law.cfg_scale=[1, a]", "score_law.cfg_scale[1]='a': expected a number."),
         ("rewards=[ocr]", "rewards=['ocr']: expected a mapping."),
         ("algorithm.middle_step=3", "algorithm.middle_step=3: expected a mapping with the keys of MiddleStep."),
-        ("algorithm.kind=gpro", "algorithm.kind='gpro': must be one of grpo, var_rl, va_pi. Did you mean `grpo`?"),
-        ("algorithm={eta: 1}", "algorithm.kind is missing: say which one, grpo or var_rl or va_pi."),
+        ("algorithm.kind=gpro", "algorithm.kind='gpro': must be one of grpo, var_rl, va_pi, mar_grpo. Did you mean `grpo`?"),
+        ("algorithm={eta: 1}", "algorithm.kind is missing: say which one, grpo or var_rl or va_pi or mar_grpo."),
         ("algorithm.grpo.loss_type=dap", "algorithm.grpo.loss_type='dap': must be one of grpo, dr_grpo, dapo, bnpo. Did you mean `dapo`?"),
         ("algorithm.grpo.num_generations=1", "algorithm.grpo: grpo.num_generations=1: a group of one is its own baseline"),
         ("algorithm.eta=0", "algorithm: var_rl.eta=0.0: the soft value's temperature must be above 0."),

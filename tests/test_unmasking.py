@@ -3,9 +3,9 @@ from itertools import pairwise
 import pytest
 import torch
 
+from varl.config import mar_guidance, settled_counts
 from varl.errors import ConfigError
 from varl.models.flow import flow_move
-from varl.policies.unmasking import settled_counts
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,12 @@ def test_impossible_schedules_are_refused():
     for steps in (0, 11):
         with pytest.raises(ConfigError, match=f"{steps} steps for 10 tokens"):
             settled_counts(10, steps)
+
+
+def test_guidance_grows_with_what_is_known():
+    assert settled_counts(16, 4) == (2, 3, 5, 6)
+    assert mar_guidance(3.0, 16, 4) == (1.25, 1.625, 2.25, 2.875)
+    assert mar_guidance(1.0, 16, 4) == (1.0,) * 4
 
 
 def levels(count: int = 25) -> list[float]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from varl.algorithms.grpo import GRPO
+from varl.algorithms.mar_grpo import MARGRPO
 from varl.algorithms.va_pi import VAPI
 from varl.algorithms.var_rl import VARRL
 from varl.checkpoints import hugging_face
@@ -21,11 +22,13 @@ from varl.checkpoints.t5 import load_t5
 from varl.config import (
     AlgorithmConfig,
     CaptionConfig,
+    ClassScoreConfig,
     DataConfig,
     FolderConfig,
     GlyphsConfig,
     GRPOConfig,
     LawConfig,
+    MARGRPOConfig,
     OCRConfig,
     PicturesConfig,
     PythonRewardConfig,
@@ -51,6 +54,7 @@ from varl.models.next_scale import NextScale
 from varl.models.raster import Raster
 from varl.policies.next_scale import NextScalePolicy
 from varl.policies.raster import RasterPolicy
+from varl.rewards.class_score import ClassScore
 from varl.rewards.judge import RewardJudge
 from varl.rewards.networks import open_network
 from varl.rewards.ocr_reward import OCRReward
@@ -60,7 +64,7 @@ from varl.settings import to_yaml
 from varl.tokenizers.kl import KL
 from varl.tokenizers.multiscale_vq import MultiScaleVQ
 from varl.tokenizers.vq import VQ
-from varl.types import Algorithm, BranchingPolicy, Policy, Prompt, RewardFn, TeacherForcedPolicy
+from varl.types import Algorithm, BranchingPolicy, Policy, Prompt, RedrawingPolicy, RewardFn, TeacherForcedPolicy
 
 PicturesOf = Callable[[Sequence[Prompt]], Tensor]
 """The real pictures of prompts, [P, 3, H, W] in [0, 1]."""
@@ -131,6 +135,12 @@ def build_algorithm(config: AlgorithmConfig, policy: Policy, pictures: PicturesO
             raise ConfigError(f"va_pi reads real pictures; {type(policy).__name__} cannot. Use a raster model or GRPOConfig().")
         case VAPIConfig():
             return VAPI(config, demand_pictures("va_pi", pictures))
+        case MARGRPOConfig() if not isinstance(policy, RedrawingPolicy):
+            raise ConfigError(
+                f"mar_grpo trains on denoising paths; {type(policy).__name__} draws its tokens at once. Use a masked model or GRPOConfig()."
+            )
+        case MARGRPOConfig():
+            return MARGRPO(config)
         case GRPOConfig():
             return GRPO(config)
     assert_never(config)
@@ -150,6 +160,8 @@ def build_reward(config: RewardConfig, pictures: PicturesOf | None = None) -> Re
             return load_callable(config.target)
         case ReconstructionConfig():
             return ReconstructionReward(config, demand_pictures("reconstruction", pictures), *open_network(config))
+        case ClassScoreConfig():
+            return ClassScore(model_folder.load_classifier(model_path(config.classifier)), config.floor)
     assert_never(config)
 
 

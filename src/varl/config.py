@@ -2,9 +2,16 @@
 
 import math
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import ClassVar, Literal
 
 from varl.errors import ConfigError
+
+
+def _demand(name: str, value: int | float, holds: bool, wanted: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name}={value}: must be {wanted}.")
+
 
 # ---- models -------------------------------------------------------------------------------------------------------------------------
 
@@ -199,10 +206,16 @@ class DiffusionHeadConfig:
     depth: int = 6
     """Residual blocks."""
     width: int = 1024
+    target: Literal["noise", "velocity"] = "noise"
+    """What it learns to say of x_t = sqrt(a) x_0 + sqrt(1 - a) eps. noise: eps, and how far the step's variance lies between its bounds, as
+    released. velocity: sqrt(a) eps - sqrt(1 - a) x_0 alone, with the posterior's variance, which is as well-conditioned at every step."""
+    least_signal: float = 0.0
+    """Least share a of the signal in x_t; 0 is the cosine schedule as released, whose last steps magnify every error of the network."""
 
     def __post_init__(self) -> None:
         if min(self.depth, self.width) < 1:
             raise ConfigError(f"head: depth={self.depth} and width={self.width} must be 1 or more.")
+        _demand("head.least_signal", self.least_signal, 0 <= self.least_signal < 1, "at least 0 (as released) and below 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -344,21 +357,47 @@ def var_guidance(cfg: float, steps: int) -> tuple[float, ...]:
     return tuple(1.0 + cfg * i / max(steps - 1, 1) for i in range(steps))
 
 
-def mar_schedule(tokens: int, steps: int) -> tuple[int, ...]:
-    """MAR's: how many of `tokens` are still masked after each step, floor(tokens cos(pi / 2 * (i + 1) / steps)), but for one at least that
-    every step draws and that every step leaves to those after it. The last step leaves none."""
+def settled_counts(tokens: int, steps: int, rounding: Literal["floor", "round"] = "floor") -> tuple[int, ...]:
+    """Tokens that each step of a masked model settles, by the cosine schedule, which leaves L cos(pi/2 (i+1)/n) of L tokens open after step
+    i of n:
+
+        floor   MAR (arXiv 2406.11838): rounded down, but at least one token at each step, and at least one left for the last
+        round   NOVA: rounded to the nearest; a step that settles nothing is left out, so there may be fewer than n
+
+    Together they are all L tokens."""
     if not 1 <= steps <= tokens:
-        raise ConfigError(f"steps={steps}: {tokens} tokens are drawn in 1 to {tokens} steps, one at least in each.")
-    masked = [tokens]
-    for step in range(1, steps):
-        masked.append(max(1, min(masked[-1] - 1, math.floor(tokens * math.cos(math.pi / 2 * step / steps)))))
-    return (*masked[1:], 0)
+        raise ConfigError(f"{steps} steps for {tokens} tokens: every step settles a token or more. Set 1 to {tokens} steps.")
+    left, counts = tokens, []
+    for i in range(steps):
+        open_ = tokens * math.cos(math.pi / 2 * (i + 1) / steps)
+        if i == steps - 1:
+            after = 0
+        else:
+            after = round(open_) if rounding == "round" else max(1, min(left - 1, math.floor(open_)))
+        counts.append(left - after)
+        left = after
+    return tuple(count for count in counts if count)
 
 
 def mar_guidance(cfg: float, tokens: int, steps: int) -> tuple[float, ...]:
     """MAR's linear ramp as `cfg_scale`: 1 + (cfg - 1) * (share of tokens that are known after step i), where the last step counts one as
     unknown, as released."""
-    return tuple(1.0 + (cfg - 1.0) * (tokens - max(1, masked)) / tokens for masked in mar_schedule(tokens, steps))
+    known = accumulate(settled_counts(tokens, steps))
+    return tuple(1.0 + (cfg - 1.0) * min(count, tokens - 1) / tokens for count in known)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnmaskingConfig:
+    """How a masked model draws a picture. The defaults are MAR's quick setting; the authors measure FID with 256 steps."""
+
+    steps: int = 64
+    """n, in which the tokens are settled, a few at first, by the cosine schedule."""
+    denoise_steps: int = 100
+    """T, in which each token is made of noise; so many of the 1000 that its head was trained on, evenly spread."""
+
+    def __post_init__(self) -> None:
+        _demand("unmasking.steps", self.steps, self.steps >= 1, "1 or more")
+        _demand("unmasking.denoise_steps", self.denoise_steps, 1 <= self.denoise_steps <= 1000, "1 to 1000")
 
 
 # ---- algorithms ---------------------------------------------------------------------------------------------------------------------
@@ -523,6 +562,8 @@ class MARGRPOConfig:
     """Share of a picture's tokens, those that differ most between trajectories, that this is done for. 0.3 is the release's."""
     support: Literal["committed", "unknown"] = "committed"
     """Which tokens a step is trained on: those it put into the picture, or, as released, all that were not known before it."""
+    train_head: bool = False
+    """Train the diffusion head too, as GRPO end to end does; the paper's method is to leave it as it is."""
     consistency: float | None = None
     """Of the unknown tokens, only those learn from the reward whose cosine to the final token the step raised by more than this; 0 is the
     release's, None takes all."""
@@ -554,7 +595,7 @@ class MARGRPOConfig:
             )
 
 
-AlgorithmConfig = GRPOConfig | VARRLConfig | VAPIConfig
+AlgorithmConfig = GRPOConfig | VARRLConfig | VAPIConfig | MARGRPOConfig
 
 # ---- data, rewards, training ---------------------------------------------------------------------------------------------------------
 
@@ -729,7 +770,20 @@ class ReconstructionConfig:
             raise ConfigError("reconstruction: two perceptual distances. Set vgg and heads (LPIPS), or features.")
 
 
-RewardConfig = OCRConfig | PythonRewardConfig | ReconstructionConfig
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassScoreConfig:
+    """How sure a classifier is that the picture shows the prompt's class: its log-probability, in nats, 0 at most."""
+
+    classifier: str
+    """A classifier's folder (made by `varl pretrain`), or `bundled:NAME`."""
+    floor: float = -8.0
+    """Lower ones count as this, so that one picture of nothing does not outweigh its group."""
+
+    def __post_init__(self) -> None:
+        _demand("class_score.floor", self.floor, self.floor < 0, "below 0")
+
+
+RewardConfig = OCRConfig | PythonRewardConfig | ReconstructionConfig | ClassScoreConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -758,11 +812,6 @@ class OptimConfig:
         _demand("optim.weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more")
         _demand("optim.warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "0 (none) or more")
         _demand("optim.max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "above 0; inf does not clip")
-
-
-def _demand(name: str, value: int | float, holds: bool, wanted: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name}={value}: must be {wanted}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -828,6 +877,8 @@ class RunConfig:
     algorithm: AlgorithmConfig = GRPOConfig()
     sample_law: LawConfig = LawConfig()
     score_law: LawConfig = LawConfig()
+    unmasking: UnmaskingConfig | None = None
+    """Of masked models, which need it, and of no others."""
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     seed: int = 0
@@ -874,7 +925,7 @@ class PretrainConfig:
     """A base model from scratch: tokenizer, then transformer; or a classifier."""
 
     name: str = "base"
-    model: NextScaleConfig | RasterConfig | ClassifierConfig
+    model: NextScaleConfig | RasterConfig | MARConfig | ClassifierConfig
     data: DataConfig = WordsConfig()
     pictures: int = 4096
     """Distinct training pictures, where they are drawn here. Of other pictures all are taken. All are kept in memory."""

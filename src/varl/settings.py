@@ -11,10 +11,12 @@ import yaml
 
 from varl.config import (
     ClassifierConfig,
+    ClassScoreConfig,
     FolderConfig,
     GlyphsConfig,
     GRPOConfig,
     MARConfig,
+    MARGRPOConfig,
     ModelConfig,
     NextScaleConfig,
     OCRConfig,
@@ -39,7 +41,9 @@ KINDS: dict[type, str] = {
     OCRConfig: "ocr",
     PythonRewardConfig: "python",
     VAPIConfig: "va_pi",
+    MARGRPOConfig: "mar_grpo",
     ReconstructionConfig: "reconstruction",
+    ClassScoreConfig: "class_score",
     NextScaleConfig: "next_scale",
     RasterConfig: "raster",
     MARConfig: "mar",

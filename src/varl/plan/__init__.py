@@ -7,7 +7,7 @@ import torch
 
 from varl.algorithms.var_rl import VARRL
 from varl.build import build_algorithm, new_policy
-from varl.config import ClassifierConfig, FolderConfig, PicturesConfig, PretrainConfig, RunConfig, WordsConfig
+from varl.config import ClassifierConfig, FolderConfig, MARConfig, PicturesConfig, PretrainConfig, RunConfig, WordsConfig
 from varl.models.classifier import Classifier
 from varl.plan.cost import (
     classifier_memory,
@@ -121,7 +121,8 @@ def _of_pretraining(config: PretrainConfig, calibrate: bool) -> Plan:
         available=device_memory(device),
         updates=pretraining_updates(config, family),
     )
-    return _finished(plan, device, config.dtype, config.model.width, calibrate)
+    width = config.model.encoder.width if isinstance(config.model, MARConfig) else config.model.width
+    return _finished(plan, device, config.dtype, width, calibrate)
 
 
 def _parameters(family: Family) -> dict[str, int]:

@@ -13,6 +13,7 @@ from varl.checkpoints.model import Pair
 from varl.config import (
     ActingConfig,
     ClassifierConfig,
+    ClassScoreConfig,
     DataConfig,
     FolderConfig,
     GlyphsConfig,
@@ -210,6 +211,9 @@ def judge_of(name: str, config: RewardConfig, pictures: PicturesOf | None) -> st
             if config.vgg is None:
                 build_reward(config, pictures)
             return f"{name}: reconstruction, MSE{'' if config.lpips_weight == 0 else ' and ' + (config.features or 'LPIPS')}"
+        case ClassScoreConfig():
+            build_reward(config)
+            return f"{name}: the class, by {config.classifier}"
     assert_never(config)
 
 
