@@ -14,7 +14,8 @@ from varl.data.pictures import read_pictures
 from varl.errors import ConfigError, DataError
 from varl.models.raster import Raster
 from varl.policies import sampling
-from varl.policies.raster import RasterPolicy, corrupt, first_of_each, pad_left
+from varl.policies.acting import first_of_each
+from varl.policies.raster import RasterPolicy, corrupt, pad_left
 from varl.rng import Stream
 from varl.tokenizers.vq import VQ
 from varl.types import BranchingPolicy, Prompt, Rollout, TeacherForcedPolicy

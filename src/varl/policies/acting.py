@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from varl.config import LawConfig
@@ -17,6 +17,8 @@ from varl.types import Layout, Prompt, Rollout, Score
 
 Logits = Callable[[slice], tuple[Tensor, Tensor | None]]
 """Conditional and, where guided, unconditional logits [b, l, V] of a slice of rows."""
+CaptionEncoder = Callable[[Sequence[str]], Sequence[Tensor]]
+"""From captions to what the model reads for each one's n tokens, without padding: features [n, C], or ids [n]."""
 Drawn = tuple[Tensor, Tensor, Tensor | None]
 """Ids, log-probabilities under the score law, and under the sample law where that is another."""
 
@@ -37,20 +39,34 @@ def require_text(prompts: Sequence[Prompt]) -> None:
         raise DataError(f"prompt label {unread[0]}: this model reads text and knows no classes. Give the prompt a text.")
 
 
-def require_laws(laws: Mapping[str, LawConfig], steps: int, step: str, vocab: int) -> None:
-    """ConfigError for a law that does not fit a model of `steps` steps (each called a `step`) and `vocab` tokens."""
+def require_laws(laws: Mapping[str, LawConfig], steps: int, step: str, vocab: int | None) -> None:
+    """ConfigError for a law that does not fit a model of `steps` steps (each called a `step`) and `vocab` tokens; None: of vectors."""
     for name, law in laws.items():
         if len(law.cfg_scale) not in (1, steps):
             raise ConfigError(f"{name}.cfg_scale has {len(law.cfg_scale)} values, the model {steps} {step}s. Give one, or one per {step}.")
-        if law.top_k > vocab:
+        if vocab is None and (law.top_k or law.top_p < 1):
+            raise ConfigError(
+                f"{name}.top_k={law.top_k}, top_p={law.top_p}: this model draws vectors, of which none can be cut away. Leave both out; "
+                "`temperature` below 1 draws nearer to the mean."
+            )
+        if vocab is not None and law.top_k > vocab:
             raise ConfigError(f"{name}.top_k={law.top_k} is more than the vocabulary of {vocab}. Set 0 to keep all tokens.")
 
 
-Own = TypeVar("Own", bound="TokenPolicy")
+def first_of_each(prompts: Sequence[Prompt], *read: Shaped[Tensor, "B ..."]) -> tuple[list[int], list[int]]:
+    """Rows that are the first of their prompt and of what they read, and for every row which of those it equals."""
+    places: dict[tuple[Any, ...], int] = {}
+    columns = [part.cpu().numpy() for part in read]
+    keys = [(prompt, *(part[row].tobytes() for part in columns)) for row, prompt in enumerate(prompts)]
+    of = [places.setdefault(key, len(places)) for key in keys]
+    return [of.index(place) for place in range(len(places))], of
 
 
-class TokenPolicy:
-    """What the policies of token models do alike; each family has its own model, and says how it acts, scores and renders."""
+Own = TypeVar("Own", bound="ActingPolicy")
+
+
+class ActingPolicy:
+    """What the policies of all families do alike; each has its own model, and says how it acts, scores and renders."""
 
     step_name: ClassVar[str]
     """What a step is called."""
@@ -64,11 +80,12 @@ class TokenPolicy:
     def device(self) -> torch.device:
         raise NotImplementedError
 
-    def prefix(self, prompts: Sequence[Prompt], rng: Stream, *, steps: int) -> Rollout:
-        raise NotImplementedError
-
     def render(self, rollout: Rollout) -> Float[Tensor, "B 3 H W"]:
         """What the tokenizer makes of it, meant to lie in [-1, 1] and not clamped."""
+        raise NotImplementedError
+
+    def _check_laws(self) -> None:
+        """ConfigError for laws that do not fit the model."""
         raise NotImplementedError
 
     def under(self: Own, law: LawConfig) -> Own:
@@ -78,25 +95,32 @@ class TokenPolicy:
         other._check_laws()
         return other
 
-    def rollout(self, prompts: Sequence[Prompt], rng: Stream) -> Rollout:
-        return replace(self.prefix(prompts, rng, steps=self.layout.steps), state=None)
-
     def decode(self, rollout: Rollout) -> Float[Tensor, "B 3 H W"]:
         return self.render(rollout).add(1).div(2).clamp(0, 1)
-
-    @property
-    def vocab(self) -> int:
-        return self.module.config.tokenizer.vocab
 
     @property
     def _guided(self) -> bool:
         return self.sample_law.guided or self.score_law.guided
 
-    def _check_laws(self) -> None:
-        require_laws({"sample_law": self.sample_law, "score_law": self.score_law}, self.layout.steps, self.step_name, self.vocab)
-
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+
+class TokenPolicy(ActingPolicy):
+    """What the policies of models of a vocabulary do alike."""
+
+    def prefix(self, prompts: Sequence[Prompt], rng: Stream, *, steps: int) -> Rollout:
+        raise NotImplementedError
+
+    def rollout(self, prompts: Sequence[Prompt], rng: Stream) -> Rollout:
+        return replace(self.prefix(prompts, rng, steps=self.layout.steps), state=None)
+
+    @property
+    def vocab(self) -> int:
+        return self.module.config.tokenizer.vocab
+
+    def _check_laws(self) -> None:
+        require_laws({"sample_law": self.sample_law, "score_law": self.score_law}, self.layout.steps, self.step_name, self.vocab)
 
 
 # ---- acting ---------------------------------------------------------------------------------------------------------------------------

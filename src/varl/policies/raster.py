@@ -15,12 +15,14 @@ from varl.models.janus import Janus
 from varl.models.layers import KVCache
 from varl.models.raster import Condition, Raster
 from varl.policies.acting import (
+    CaptionEncoder,
     Drawn,
     Logits,
     TokenPolicy,
     class_ids,
     continued,
     draw_tokens,
+    first_of_each,
     join,
     map_drawn,
     new_rollout,
@@ -33,8 +35,6 @@ from varl.rng import Stream
 from varl.tokenizers.vq import VQ
 from varl.types import Layout, Prompt, Rollout, Score
 
-CaptionEncoder = Callable[[Sequence[str]], Sequence[Tensor]]
-"""From captions to what the model reads for each one's n tokens, without padding: features [n, C], of a Janus ids [n]."""
 KeptTokens = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
 """From pictures [B, 3, H, W] in [0, 1], and what encodes those that are new, to ids [B, L]."""
 
@@ -58,14 +58,6 @@ def pad_left(parts: Sequence[Tensor]) -> tuple[Shaped[Tensor, "B N *C"], Bool[Te
         return padded, None
     lengths = torch.tensor([[len(part)] for part in parts], device=padded.device)
     return padded, torch.arange(longest, device=padded.device) >= longest - lengths
-
-
-def first_of_each(prompts: Sequence[Prompt], read: Int[Tensor, "B l"]) -> tuple[list[int], list[int]]:
-    """Rows that are the first of their prompt and of the tokens they read, and for every row which of those it equals."""
-    places: dict[tuple[Prompt, bytes], int] = {}
-    keys = [(prompt, row.tobytes()) for prompt, row in zip(prompts, read.cpu().numpy(), strict=True)]
-    of = [places.setdefault(key, len(places)) for key in keys]
-    return [of.index(place) for place in range(len(places))], of
 
 
 def read_captions(

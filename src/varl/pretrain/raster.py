@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from varl.errors import ConfigError
 from varl.models.raster import CaptionEmbedding, Raster
-from varl.policies.acting import class_ids
-from varl.policies.raster import CaptionEncoder, pad_left, read_captions
+from varl.policies.acting import CaptionEncoder, class_ids
+from varl.policies.raster import pad_left, read_captions
 from varl.pretrain.codebook import drawn_from
 from varl.pretrain.family import Fit, fit_of
 from varl.tokenizers.vq import VQ

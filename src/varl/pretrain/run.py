@@ -22,7 +22,7 @@ from varl.models.janus import Janus
 from varl.models.mar import MAR
 from varl.models.next_scale import NextScale
 from varl.models.raster import Raster
-from varl.policies.raster import CaptionEncoder
+from varl.policies.acting import CaptionEncoder
 from varl.pretrain.classifier import ClassifierPhase
 from varl.pretrain.data import Shown, pictures
 from varl.pretrain.next_scale import NextScaleFamily
