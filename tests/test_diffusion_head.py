@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from varl.models.diffusion_head import (
     learned_log_variance,
     log_density,
     log_mass,
+    mixed,
     noise_loss,
     noised,
     posterior_mean,
@@ -24,17 +26,25 @@ from varl.models.diffusion_head import (
     reverse_step,
     sinusoid,
     variance_loss,
+    velocity,
+    velocity_loss,
+    velocity_step,
 )
+from varl.models.masked import Denoiser
 
 FULL = respaced(range(STEPS))
 TEN = respaced(range(0, STEPS, 100))
 Normal = torch.distributions.Normal
 
 
-def tiny() -> DiffusionHead:
+SMALL = DiffusionHeadConfig(depth=2, width=12)
+VELOCITY = replace(SMALL, target="velocity", least_signal=2e-4)
+
+
+def tiny(config: DiffusionHeadConfig = SMALL) -> DiffusionHead:
     """A head whose every weight matters: a fresh one puts out 0."""
     torch.manual_seed(0)
-    head = DiffusionHead(DiffusionHeadConfig(depth=2, width=12), channels=3, condition=5)
+    head = DiffusionHead(config, channels=3, condition=5)
     for weight in head.parameters():
         torch.nn.init.normal_(weight, std=0.3)
     return head.eval().requires_grad_(False)
@@ -101,6 +111,20 @@ def test_the_posterior_is_bayes():
     assert torch.equal(posterior_mean(TEN, x_0[:1], x_t[:1], index(0)), x_0[:1]), "the first step ends at x_0"
 
 
+def test_the_least_signal_by_hand():
+    """All of a is lifted, and falls still at each of the 1000 steps."""
+    lifted = respaced(range(STEPS), 0.25)
+    torch.testing.assert_close(lifted.signal.square(), 0.25 + 0.75 * FULL.signal.square(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(lifted.signal[-1].item(), 0.5, rtol=1e-8, atol=0)
+    assert (lifted.betas > 0).all()
+    assert lifted.log_variances.isfinite().all()
+    assert torch.equal(respaced(evenly(25), 0.0).betas, respaced(evenly(25)).betas)
+    ten = respaced(evenly(25), 2e-4)
+    assert ten.signal[-1].square().item() == pytest.approx(2e-4, rel=1e-4)
+    assert ten.start_of_eps.max() < 71, "where unlifted it magnifies errors twenty thousand times"
+    assert respaced(evenly(25)).start_of_eps.max() > 2e4
+
+
 # ---- one step
 
 
@@ -149,6 +173,37 @@ def test_guidance_mixes_eps_and_leaves_the_variance():
     assert guided(cond, uncond, 0.0).tolist() == [3.0, 1.0, 30.0, 40.0]
 
 
+def test_guidance_of_each_row():
+    cond, uncond = torch.tensor([[1.0, 2.0], [1.0, 2.0]]), torch.tensor([[3.0, 1.0], [3.0, 1.0]])
+    assert mixed(cond, uncond, torch.tensor([[3.0], [0.0]])).tolist() == [[-3.0, 4.0], [3.0, 1.0]]
+    assert guided(cond, uncond, torch.tensor([[3.0], [0.0]])).tolist() == [[-3.0, 2.0], [3.0, 2.0]]
+
+
+def test_a_velocity_by_hand():
+    """All signal: the noise. Half of the variance: (noise - x_0) / sqrt(2). No signal: -x_0."""
+    a = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
+    by_hand = replace(respaced(range(3)), signal=a.sqrt(), noise=(1 - a).sqrt())
+    x_0, noise = torch.full((3, 1), 3.0), torch.full((3, 1), 5.0)
+    assert velocity(by_hand, x_0, noise, index(0, 1, 2))[:, 0].tolist() == pytest.approx([5.0, 2 / math.sqrt(2), -3.0])
+
+
+def test_the_right_velocity_leads_back_to_the_start():
+    x_0, noise, t = torch.randn(10, 3), torch.randn(10, 3), torch.arange(10)
+    x_t = noised(TEN, x_0, noise, t)
+    mean, log_variance = velocity_step(TEN, velocity(TEN, x_0, noise, t), x_t, t)
+    torch.testing.assert_close(mean, posterior_mean(TEN, x_0, x_t, t), rtol=0, atol=1e-6)
+    assert torch.equal(log_variance, TEN.log_variances.float()[:, None].expand(10, 3))
+
+
+def test_velocity_and_noise_are_two_ways_to_say_a_step():
+    """u = (eps - sqrt(1 - a) x_t) / sqrt(a), where x_t is known."""
+    x_t, eps, t = torch.randn(8, 3), torch.randn(8, 3), torch.arange(8)
+    u = (eps - TEN.noise[t].float()[:, None] * x_t) / TEN.signal[t].float()[:, None]
+    want = reverse_step(TEN, torch.cat([eps, torch.full((8, 3), -1.0)], 1), x_t, t)
+    for got, wanted in zip(velocity_step(TEN, u, x_t, t), want, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
 # ---- what it is trained on
 
 
@@ -173,6 +228,13 @@ def test_the_mass_of_a_bin():
 def test_the_loss_of_noise():
     out, noise = torch.tensor([[1.0, 2.0, 9.0, 9.0]]), torch.tensor([[0.0, 4.0]])
     assert noise_loss(out, noise).tolist() == [2.5]
+
+
+def test_the_loss_of_a_velocity():
+    x_0, noise, t = torch.randn(4, 2), torch.randn(4, 2), index(1, 3, 5, 9)
+    u = velocity(TEN, x_0, noise, t)
+    assert velocity_loss(TEN, u, x_0, noise, t).tolist() == [0.0] * 4
+    torch.testing.assert_close(velocity_loss(TEN, u + torch.tensor([1.0, 2.0]), x_0, noise, t), torch.full((4,), 2.5))
 
 
 def test_the_true_noise_and_the_smallest_variance_have_no_bound_to_pay():
@@ -208,7 +270,7 @@ def test_the_sinusoid_by_hand():
 
 
 def test_a_fresh_head_puts_out_nothing():
-    head = DiffusionHead(DiffusionHeadConfig(depth=2, width=12), channels=3, condition=5)
+    head = DiffusionHead(SMALL, channels=3, condition=5)
     assert (head(torch.randn(4, 3), index(0, 1, 500, 999), torch.randn(4, 5)) == 0).all()
 
 
@@ -231,3 +293,103 @@ def test_what_a_chain_keeps_may_be_added_beforehand():
 def test_an_empty_head_is_refused():
     with pytest.raises(ConfigError, match="depth=0 and width=8"):
         DiffusionHeadConfig(depth=0, width=8)
+
+
+# ---- the chain
+
+
+@pytest.mark.parametrize("config", [SMALL, VELOCITY], ids=lambda config: config.target)
+def test_the_law_is_the_reverse_step(config):
+    """Rows at any move, in one call; guidance of each row."""
+    head, x, z, none = tiny(config), torch.randn(6, 3), torch.randn(6, 5), torch.randn(6, 5)
+    chain, process, move = head.chain(9), respaced(evenly(9), config.least_signal), index(0, 3, 3, 5, 7, 8)
+    t, step, mix = 8 - move, velocity_step if config is VELOCITY else reverse_step, mixed if config is VELOCITY else guided
+    cond, uncond = (head(x, process.timesteps[t], given) for given in (z, none))
+    assert cond.shape == (6, 3 if config is VELOCITY else 6)
+    scale = torch.tensor([[1.0], [0.0], [2.0], [3.5], [-1.0], [2.0]])
+    for wanted, got in [
+        (step(process, cond, x, t), chain.law(x, move, chain.read(z), None, None)),
+        (step(process, mix(cond, uncond, scale), x, t), chain.law(x, move, chain.read(z), chain.read(none), scale)),
+    ]:
+        torch.testing.assert_close(got[0], wanted[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got[1], wanted[1] / 2, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("steps", "noisy", "admissible"),
+    [(1, [], []), (2, [1], [1]), (3, [2, 1], [2, 1]), (4, [3, 2, 1], [2]), (6, [5, 4, 3, 2, 1], [4, 3, 2])],
+)
+def test_which_steps_are_noisy_and_which_are_scored(steps, noisy, admissible):
+    """As t = N - 1 - move: 2 .. N - 2, and all that are noisy where there is none."""
+    chain: Denoiser = tiny().chain(steps)
+    assert chain.moves == steps
+    assert [steps - 1 - move for move in chain.noisy.nonzero()[:, 0].tolist()] == noisy
+    assert [steps - 1 - move for move in chain.admissible.nonzero()[:, 0].tolist()] == admissible
+    assert not (chain.admissible & ~chain.noisy).any()
+
+
+@pytest.mark.parametrize("config", [SMALL, VELOCITY], ids=lambda config: config.target)
+def test_what_a_path_was_drawn_with_is_standard_normal(config):
+    """And is not, when the path was drawn under guidance and is scored without."""
+    head, rows, steps = tiny(config), 400, 12
+    chain, draws = head.chain(steps), torch.Generator().manual_seed(3)
+    read, none, scale = chain.read(torch.randn(rows, 5)), chain.read(torch.randn(rows, 5)), torch.full((rows, 1), 3.0)
+
+    def residuals(drawn_with, scored_with) -> torch.Tensor:
+        x, found = torch.randn(rows, 3, generator=draws), []
+        for number in range(steps - 1):
+            move = torch.full((rows,), number)
+            mean, log_std = chain.law(x, move, read, *drawn_with)
+            following = mean + log_std.exp() * torch.randn(rows, 3, generator=draws)
+            mean, log_std = chain.law(x, move, read, *scored_with)
+            found.append((following - mean) * (-log_std).exp())
+            x = following
+        return torch.stack(found)
+
+    right = residuals((None, None), (None, None))
+    assert right.mean().abs() < 4 / math.sqrt(right.numel())
+    assert abs(right.var().item() - 1) < 4 * math.sqrt(2 / right.numel())
+    assert residuals((none, scale), (None, None)).square().mean() > 1.5
+
+
+def test_a_perfect_network_ends_where_the_token_lies():
+    """The velocity of a single token x_0 is known: the chain ends there, whatever noise it took."""
+    head, x_0, draws = tiny(VELOCITY), torch.tensor([[0.5, -1.0, 2.0]]), torch.Generator().manual_seed(0)
+    chain = head.chain(25)
+    x = torch.randn(1, 3, generator=draws)
+    for number in range(25):
+        t = index(24 - number)
+        signal, noise = chain.process.signal[t].float(), chain.process.noise[t].float()
+        u = signal * (x - signal * x_0) / noise - noise * x_0
+        mean, log_variance = velocity_step(chain.process, u, x, t)
+        x = mean + chain.noisy[number] * (log_variance / 2).exp() * torch.randn(1, 3, generator=draws)
+    torch.testing.assert_close(x, x_0, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [SMALL, VELOCITY], ids=lambda config: config.target)
+def test_a_chain_is_drawn_in_fp32_under_autocast(config):
+    head, x, z, scale = tiny(config), torch.randn(4, 3), torch.randn(4, 5), torch.full((4, 1), 2.0)
+    move, plain = index(0, 1, 2, 3), head.chain(5)
+    want = plain.law(x, move, plain.read(z), plain.read(z + 1), scale)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        chain = head.chain(5)
+        assert chain.read(z).dtype == torch.float32
+        got = chain.law(x, move, chain.read(z), chain.read(z + 1), scale)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("config", [SMALL, VELOCITY], ids=lambda config: config.target)
+def test_a_frozen_head_passes_the_gradient_on(config):
+    head, z = tiny(config), torch.randn(4, 5, requires_grad=True)
+    chain = head.chain(5)
+    for _ in range(2):  # of use for any number of chains
+        chain.law(torch.randn(4, 3), index(0, 1, 2, 3), chain.read(z), None, None)[0].sum().backward()
+    assert z.grad is not None
+    assert (z.grad.abs().amax(1) > 0).all()
+    assert all(weight.grad is None for weight in head.parameters())
+
+
+def test_targets_and_floors_that_make_no_sense():
+    for floor in (-0.1, 1.0):
+        with pytest.raises(ConfigError, match=f"head.least_signal={floor}"):
+            DiffusionHeadConfig(least_signal=floor)

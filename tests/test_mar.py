@@ -13,6 +13,7 @@ from varl.checkpoints.mar import load_mar, released, tokenizer_config, transform
 from varl.config import DiffusionHeadConfig, KLConfig, MARConfig, ViTConfig, settled_counts
 from varl.errors import CheckpointError, ConfigError
 from varl.models.mar import MAR, known, masked
+from varl.models.masked import MaskedModel
 from varl.tokenizers.kl import KL
 
 GOLDEN = Path(__file__).parent.parent.parent / "shared" / "golden"
@@ -66,6 +67,16 @@ def test_sets_are_disjoint_and_complete():
 
 
 # ---- the model
+
+
+def test_it_is_a_masked_model():
+    model = tiny()
+    assert isinstance(model, MaskedModel)
+    assert (model.tokens, model.channels) == (9, 3)
+    assert model.schedule(4) == settled_counts(9, 4)
+    assert model.denoiser(7).moves == 7
+    with pytest.raises(ConfigError, match="10 steps for 9 tokens"):
+        model.schedule(10)
 
 
 def test_what_is_masked_is_not_read():

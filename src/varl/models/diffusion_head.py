@@ -2,6 +2,8 @@
 
     x_N ~ N(0, 1)        x_t-1 ~ N(mean_t, exp(log_variance_t))        mean and log variance from the network's (eps, v) = net(x_t, t, z)
 
+Or the network says the velocity u alone (arXiv 2202.00512), and the log variance is the posterior's; small models learn better from it.
+
 A process of 1000 steps is trained (cosine betas, arXiv 2102.09672), and fewer of its steps are drawn. Tables are made in float64 and looked
 up in fp32, in which all here is computed. `t` counts the steps that were kept, from 0, the last to be drawn; the network is told which of
 the 1000 that is. Module and parameter names are those of the released checkpoints."""
@@ -11,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor, nn
 
 from varl.config import DiffusionHeadConfig
@@ -79,14 +81,14 @@ def evenly(steps: int) -> tuple[int, ...]:
     return tuple(round(i * stride) for i in range(steps))
 
 
-def respaced(kept: Sequence[int]) -> Process:
-    """The process that goes through x at the `kept` steps alone: a is theirs, and beta = 1 - a / a'. Raises ValueError unless `kept`
-    ascends within 0 .. 999."""
+def respaced(kept: Sequence[int], least_signal: float = 0.0) -> Process:
+    """The process that goes through x at the `kept` steps alone: a is theirs, and beta = 1 - a / a'. All of a is lifted to least_signal +
+    (1 - least_signal) a, so that it still falls at each step and no beta is 0. Raises ValueError unless `kept` ascends within 0 .. 999."""
     if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= STEPS:
         raise ValueError(f"respaced: {list(kept)[:8]} ... must be steps within 0 .. {STEPS - 1}, each once, in ascending order.")
     timesteps = torch.tensor(kept)
     one = torch.ones(1, dtype=torch.float64)
-    whole = (1 - cosine_betas()).cumprod(0)[timesteps]
+    whole = least_signal + (1 - least_signal) * (1 - cosine_betas()).cumprod(0)[timesteps]
     betas = 1 - whole / torch.cat([one, whole[:-1]])
     a = (1 - betas).cumprod(0)
     before = torch.cat([one, a[:-1]])
@@ -144,10 +146,29 @@ def reverse_step(
     return posterior_mean(process, predicted_start(process, x_t, eps, t), x_t, t), learned_log_variance(process, v, t)
 
 
-def guided(cond: Float[Tensor, "*B out"], uncond: Float[Tensor, "*B out"], cfg_scale: float) -> Float[Tensor, "*B out"]:
-    """The network's output under guidance: eps = uncond + s (cond - uncond); v is the condition's own, as released."""
-    eps, none = cond.chunk(2, -1)[0], uncond.chunk(2, -1)[0]
-    return torch.cat([none + cfg_scale * (eps - none), cond.chunk(2, -1)[1]], -1)
+def velocity(process: Process, x_0: Float[Tensor, "*B C"], noise: Float[Tensor, "*B C"], t: Int[Tensor, "*B"]) -> Float[Tensor, "*B C"]:
+    """u = sqrt(a) noise - sqrt(1 - a) x_0: arXiv 2202.00512."""
+    return _at(process.signal, t) * noise.float() - _at(process.noise, t) * x_0.float()
+
+
+def velocity_step(
+    process: Process, u: Float[Tensor, "*B C"], x_t: Float[Tensor, "*B C"], t: Int[Tensor, "*B"]
+) -> tuple[Float[Tensor, "*B C"], Float[Tensor, "*B C"]]:
+    """`reverse_step` of a network that says the velocity: x_0 = sqrt(a) x_t - sqrt(1 - a) u, and the log variance is the posterior's."""
+    x_0 = _at(process.signal, t) * x_t.float() - _at(process.noise, t) * u.float()
+    return posterior_mean(process, x_0, x_t, t), _at(process.log_variances, t).expand_as(x_0)
+
+
+def mixed(cond: Float[Tensor, "*B C"], uncond: Float[Tensor, "*B C"], cfg_scale: float | Float[Tensor, "*B 1"]) -> Float[Tensor, "*B C"]:
+    """uncond + s (cond - uncond)."""
+    return uncond + cfg_scale * (cond - uncond)
+
+
+def guided(
+    cond: Float[Tensor, "*B out"], uncond: Float[Tensor, "*B out"], cfg_scale: float | Float[Tensor, "*B 1"]
+) -> Float[Tensor, "*B out"]:
+    """(eps, v) under guidance: eps is `mixed`; v is the condition's own, as released."""
+    return torch.cat([mixed(cond.chunk(2, -1)[0], uncond.chunk(2, -1)[0], cfg_scale), cond.chunk(2, -1)[1]], -1)
 
 
 def drawn(
@@ -205,6 +226,13 @@ def variance_loss(
     true_log = _at(process.log_variances, t).expand_as(true)
     nats = torch.where(t[..., None] == 0, -log_mass(x_0.float(), mean, log_variance), gaussian_kl(true, true_log, mean, log_variance))
     return nats.mean(-1) / math.log(2)
+
+
+def velocity_loss(
+    process: Process, out: Float[Tensor, "*B C"], x_0: Float[Tensor, "*B C"], noise: Float[Tensor, "*B C"], t: Int[Tensor, "*B"]
+) -> Float[Tensor, "*B"]:
+    """Mean over channels of (out - u)^2: all of the loss of a network that says the velocity."""
+    return (out.float() - velocity(process, x_0, noise, t)).square().mean(-1)
 
 
 # ---- the network ----------------------------------------------------------------------------------------------------------------------
@@ -269,11 +297,12 @@ class DiffusionHead(nn.Module):
     def __init__(self, config: DiffusionHeadConfig, channels: int, condition: int) -> None:
         """`channels` C of a token's vector, `condition` the width D of what the transformer says of its place."""
         super().__init__()
+        self.config = config
         width = config.width
         self.time_embed = TimeEmbedding(width)
         self.cond_embed, self.input_proj = nn.Linear(condition, width), nn.Linear(channels, width)
         self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(config.depth))
-        self.final_layer = FinalLayer(width, 2 * channels)
+        self.final_layer = FinalLayer(width, channels if config.target == "velocity" else 2 * channels)
         plain = [self.cond_embed, self.input_proj, *(m for block in self.res_blocks for m in block.get_submodule("mlp").modules())]
         for module in plain:  # as released
             if isinstance(module, nn.Linear):
@@ -285,7 +314,7 @@ class DiffusionHead(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Float[Tensor, "*B C"], timesteps: Int[Tensor, "*B"], z: Float[Tensor, "*B D"]) -> Float[Tensor, "*B out"]:
-        """(eps, v), twice as wide as x; `timesteps` are of the 1000."""
+        """(eps, v), twice as wide as x, or the velocity; `timesteps` are of the 1000."""
         return self.denoise(x, self.time_embed(timesteps) + self.cond_embed(z))
 
     def denoise(self, x: Float[Tensor, "*B C"], y: Float[Tensor, "*B W"]) -> Float[Tensor, "*B out"]:
@@ -294,3 +323,49 @@ class DiffusionHead(nn.Module):
         for block in self.res_blocks:
             x = block(x, y)
         return self.final_layer(x, y)
+
+    def chain(self, steps: int) -> "Ancestral":
+        """As drawn with so many steps of the 1000. Raises ValueError unless there are 1 to 1000."""
+        return Ancestral(self, respaced(evenly(steps), self.config.least_signal))
+
+
+# ---- the chain ------------------------------------------------------------------------------------------------------------------------
+
+
+class Ancestral:
+    """The head as a `Denoiser`: move 0 is the step t = N - 1, and the last, t = 0, adds no noise."""
+
+    def __init__(self, head: DiffusionHead, process: Process) -> None:
+        device = head.cond_embed.weight.device
+        self.head, self.process, self.moves = head, process.to(device), len(process)
+        with torch.autocast(device.type, enabled=False):
+            self.time: Float[Tensor, "N W"] = head.time_embed(self.process.timesteps)
+        self.noisy: Bool[Tensor, " N"] = torch.arange(self.moves) < self.moves - 1
+        self.admissible: Bool[Tensor, " N"] = self.noisy.clone()
+        """t in {2 .. N - 2}: at t = 1 and t = N - 1 what the network says counts too much. Shorter chains than 4 have no others."""
+        if self.moves >= 4:
+            self.admissible[[0, -2]] = False
+
+    def read(self, z: Float[Tensor, "R E"]) -> Float[Tensor, "R W"]:
+        with torch.autocast(z.device.type, enabled=False):
+            return self.head.cond_embed(z.float())
+
+    def law(
+        self,
+        x: Float[Tensor, "R d"],
+        move: Int[Tensor, " R"],
+        read: Float[Tensor, "R W"],
+        unguided: Float[Tensor, "R W"] | None,
+        guidance: Float[Tensor, "R 1"] | None,
+    ) -> tuple[Float[Tensor, "R d"], Float[Tensor, "R d"]]:
+        says_velocity = self.head.config.target == "velocity"
+        with torch.autocast(x.device.type, enabled=False):
+            x, t = x.float(), self.moves - 1 - move
+            time = self.time[t]
+            if unguided is None or guidance is None:
+                out = self.head.denoise(x, time + read)
+            else:  # rows do not see one another
+                cond, uncond = self.head.denoise(torch.cat([x, x]), torch.cat([time + read, time + unguided])).chunk(2)
+                out = mixed(cond, uncond, guidance) if says_velocity else guided(cond, uncond, guidance)
+            mean, log_variance = velocity_step(self.process, out, x, t) if says_velocity else reverse_step(self.process, out, x, t)
+        return mean, 0.5 * log_variance

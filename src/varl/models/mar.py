@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from varl.config import MARConfig, ViTConfig
-from varl.models.diffusion_head import DiffusionHead
+from varl.config import MARConfig, ViTConfig, settled_counts
+from varl.models.diffusion_head import Ancestral, DiffusionHead
 
 NORM_EPS = 1e-6
 MLP_RATIO = 4
@@ -81,10 +81,12 @@ class MAR(nn.Module):
         self.config = config
         self.tokens = config.grid[0] * config.grid[1]
         """L, of a picture."""
-        width, after, places, channels = config.encoder.width, config.decoder.width, config.buffer + self.tokens, config.tokenizer.channels
+        self.channels = config.tokenizer.channels
+        """d, of a token."""
+        width, after, places = config.encoder.width, config.decoder.width, config.buffer + self.tokens
         self.class_emb = nn.Embedding(config.num_classes, width)
         self.fake_latent = nn.Parameter(torch.zeros(1, width))
-        self.z_proj, self.z_proj_ln = nn.Linear(channels, width), nn.LayerNorm(width, eps=NORM_EPS)
+        self.z_proj, self.z_proj_ln = nn.Linear(self.channels, width), nn.LayerNorm(width, eps=NORM_EPS)
         self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, places, width))
         self.encoder_blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]
             Block(config.encoder) for _ in range(config.encoder.depth)
@@ -111,7 +113,7 @@ class MAR(nn.Module):
             self.diffusion_pos_embed_learned,
         ):
             nn.init.normal_(weight, std=0.02)
-        self.diffloss = nn.ModuleDict({"net": DiffusionHead(config.head, channels, after)})
+        self.diffloss = nn.ModuleDict({"net": DiffusionHead(config.head, self.channels, after)})
 
     @classmethod
     def unfilled(cls, config: MARConfig) -> "MAR":
@@ -128,6 +130,16 @@ class MAR(nn.Module):
     def blocks(self) -> list[Block]:
         """What is split over processes, one by one."""
         return [*self.encoder_blocks, *self.decoder_blocks]
+
+    # -- how it is drawn ---------------------------------------------------------------------------------------------------------------
+
+    def schedule(self, steps: int) -> tuple[int, ...]:
+        """How many tokens each step settles. Raises ConfigError unless there are 1 to L."""
+        return settled_counts(self.tokens, steps)
+
+    def denoiser(self, steps: int) -> Ancestral:
+        """The head as a chain of `steps` moves."""
+        return self.head.chain(steps)
 
     # -- what is asked -----------------------------------------------------------------------------------------------------------------
 

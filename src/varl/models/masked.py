@@ -6,6 +6,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
+@runtime_checkable
 class Denoiser(Protocol):
     """A head as a chain of N Gaussian moves, from x ~ N(0, 1) to a token of d numbers. Made anew where weights or grad mode may have
     changed, and of use for any number of chains until then. All in fp32."""
