@@ -376,6 +376,8 @@ class MaskedPolicy(ActingPolicy):
             some = (at == i).nonzero().flatten()
             z = self._latents(self.module, condition, rows[:, some], context[some], settled[some] >= i)
             drawn = settled[some] > i
+            if not drawn.any():  # the last step
+                continue
             b, l = some[drawn.nonzero()[:, 0]], drawn.nonzero()[:, 1]
             path[b, l], densities = self._walk(heads, z[drawn], torch.full_like(b, i), noise[b, l])
             for density, found in zip(every, densities, strict=True):
