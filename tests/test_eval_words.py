@@ -39,6 +39,13 @@ def test_diversity_by_hand():
     assert token_diversity(torch.tensor(first + second), 3) == pytest.approx((2 + 4 + 2) / 3 / 4 / 2)
 
 
+def test_diversity_of_vectors_is_their_root_mean_square_difference():
+    """Two pictures of two tokens of two numbers: differences 3, 4, 0, 0, so sqrt(25 / 4); another pair that is equal."""
+    pair, equal = [[[1.0, 1.0], [2.0, 2.0]], [[4.0, 5.0], [2.0, 2.0]]], [[[7.0, 7.0], [7.0, 7.0]]] * 2
+    assert token_diversity(torch.tensor(pair), 2) == pytest.approx(2.5)
+    assert token_diversity(torch.tensor(pair + equal), 2) == pytest.approx(1.25)
+
+
 def test_the_same_pictures_in_batches_of_any_size():
     policy, prompts = TabularPolicy(), [Prompt(label=0), Prompt(label=1), Prompt(label=0)]
     ticks: list[int] = []
@@ -46,6 +53,6 @@ def test_the_same_pictures_in_batches_of_any_size():
     parts = draw_sample(policy, prompts, copies=2, seed=3, batch=4, tick=ticks.append)
     assert ticks == [4, 2]
     assert torch.equal(whole.images, parts.images)
-    assert torch.equal(whole.actions, parts.actions)
+    assert torch.equal(whole.tokens, parts.tokens)
     assert [p.label for p in whole.prompts] == [0, 0, 1, 1, 0, 0]
-    assert not torch.equal(whole.actions, draw_sample(policy, prompts, copies=2, seed=4).actions)
+    assert not torch.equal(whole.tokens, draw_sample(policy, prompts, copies=2, seed=4).tokens)

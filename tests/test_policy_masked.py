@@ -23,7 +23,7 @@ GUIDED = LawConfig(cfg_scale=(1.0, 2.0, 3.0), temperature=0.8)
 PLAIN = LawConfig()
 
 
-def make(seed: int = 0, target="noise", moves: int = 8, **more) -> MaskedPolicy:
+def make(seed: int = 0, target="noise", moves: int = 8, train_head: bool = False, **more) -> MaskedPolicy:
     torch.manual_seed(seed)
     half = ViTConfig(depth=1, width=16, heads=2)
     tokenizer = KLConfig(channels=3, width=32, multipliers=(1,), blocks=1, attention=False, patch=4, scale=0.5)
@@ -41,7 +41,9 @@ def make(seed: int = 0, target="noise", moves: int = 8, **more) -> MaskedPolicy:
     with torch.no_grad():
         for parameter in model.parameters():  # what starts at 0 too, so that all of it matters
             parameter.add_(0.2 * torch.randn_like(parameter))
-    return MaskedPolicy(model, KL(tokenizer), unmasking=UnmaskingConfig(steps=3, denoise_steps=moves), **more)
+    policy = MaskedPolicy(model, KL(tokenizer), unmasking=UnmaskingConfig(steps=3, denoise_steps=moves), **more)
+    policy.train_head(train_head)
+    return policy
 
 
 def stream(count: int, first: int = 0) -> Stream:

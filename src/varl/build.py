@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import assert_never
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from varl.checkpoints import model as model_folder
 from varl.checkpoints.model import Pair, model_path
 from varl.checkpoints.t5 import load_t5
 from varl.config import (
+    ActingConfig,
     AlgorithmConfig,
     CaptionConfig,
     ClassScoreConfig,
@@ -28,6 +29,7 @@ from varl.config import (
     GlyphsConfig,
     GRPOConfig,
     LawConfig,
+    MARConfig,
     MARGRPOConfig,
     OCRConfig,
     PicturesConfig,
@@ -35,6 +37,7 @@ from varl.config import (
     ReconstructionConfig,
     RewardConfig,
     RunConfig,
+    UnmaskingConfig,
     VAPIConfig,
     VARRLConfig,
     WordsConfig,
@@ -52,6 +55,7 @@ from varl.models.janus import Janus
 from varl.models.mar import MAR
 from varl.models.next_scale import NextScale
 from varl.models.raster import Raster
+from varl.policies.masked import MaskedPolicy
 from varl.policies.next_scale import NextScalePolicy
 from varl.policies.raster import RasterPolicy
 from varl.rewards.class_score import ClassScore
@@ -66,6 +70,8 @@ from varl.tokenizers.multiscale_vq import MultiScaleVQ
 from varl.tokenizers.vq import VQ
 from varl.types import Algorithm, BranchingPolicy, Policy, Prompt, RedrawingPolicy, RewardFn, TeacherForcedPolicy
 
+AnyPolicy = NextScalePolicy | RasterPolicy | MaskedPolicy
+"""Of any family."""
 PicturesOf = Callable[[Sequence[Prompt]], Tensor]
 """The real pictures of prompts, [P, 3, H, W] in [0, 1]."""
 
@@ -73,13 +79,17 @@ PROMPTS = 20000
 """Distinct prompts drawn for training on words; a run that needs more goes round again in another order."""
 
 
-def build_policy(config: RunConfig, device: torch.device, *, reference: bool) -> NextScalePolicy | RasterPolicy:
-    """The model and its tokenizer, on the device, with a frozen copy as reference where KL needs one, and with the tokens of pictures that
-    were encoded before where the data says where they are kept."""
+def build_policy(config: RunConfig, device: torch.device, *, reference: bool) -> AnyPolicy:
+    """The model and its tokenizer, on the device, with a frozen copy as reference where KL needs one (of which what does not learn is no
+    copy), and with the tokens of pictures that were encoded before where the data says where they are kept."""
     dtype = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
-    policy = new_policy(model_folder.load(model_path(config.model)), device, config.sample_law, config.score_law, dtype)
+    pair = model_folder.load(model_path(config.model))
+    policy = new_policy(pair, device, config.sample_law, config.score_law, dtype, config.unmasking)
+    if isinstance(policy, MaskedPolicy):
+        policy.train_head(not isinstance(config.algorithm, MARGRPOConfig) or config.algorithm.train_head)
     if reference:
-        policy.reference = copy.deepcopy(policy.module).eval().requires_grad_(False)  # type: ignore[assignment]
+        fixed: dict[int, Any] = {id(p): p for p in policy.module.parameters() if not p.requires_grad}
+        policy.reference = copy.deepcopy(policy.module, fixed).eval().requires_grad_(False)  # type: ignore[assignment]
     if isinstance(policy, RasterPolicy) and isinstance(config.data, PicturesConfig) and config.data.tokens is not None:
         key = tokenizer_key(policy.tokenizer.state_dict(), to_yaml(policy.tokenizer.config))
         policy.tokens = TokenCache(config.data.tokens, tokenizer=key, name=config.model).ids
@@ -92,8 +102,10 @@ def new_policy(
     sample_law: LawConfig = LawConfig(),
     score_law: LawConfig = LawConfig(),
     dtype: torch.dtype = torch.float32,
-) -> NextScalePolicy | RasterPolicy:
-    """What acts with a model and its tokenizer, moved to `device` if one is given."""
+    unmasking: UnmaskingConfig | None = None,
+) -> AnyPolicy:
+    """What acts with a model and its tokenizer, moved to `device` if one is given. `unmasking` is for masked models alone."""
+    require_unmasking(pair[0].config, unmasking)
     match pair:
         case (NextScale() as model, MultiScaleVQ() as tokenizer):
             return NextScalePolicy(model.to(device), tokenizer.to(device), sample_law=sample_law, score_law=score_law, dtype=dtype)
@@ -104,9 +116,22 @@ def new_policy(
             return RasterPolicy(
                 model.to(device), tokenizer.to(device), captions=captions, sample_law=sample_law, score_law=score_law, dtype=dtype
             )
-        case (MAR(), KL()):
-            raise ConfigError("the model is a MAR, which can be loaded and compared, and draws no pictures yet. Give another model.")
+        case (MAR() as model, KL() as tokenizer):
+            return MaskedPolicy(
+                model.to(device),
+                tokenizer.to(device),
+                unmasking=unmasking or UnmaskingConfig(),
+                sample_law=sample_law,
+                score_law=score_law,
+                dtype=dtype,
+            )
     assert_never(pair)
+
+
+def require_unmasking(config: ActingConfig, unmasking: UnmaskingConfig | None) -> None:
+    """ConfigError where a model that is not masked is told how to unmask."""
+    if unmasking is not None and not isinstance(config, MARConfig):
+        raise ConfigError("unmasking: this model does not choose in which order it draws. Leave it out, or give a masked model.")
 
 
 def caption_encoder(config: CaptionConfig, device: torch.device) -> CaptionCache:

@@ -19,7 +19,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from varl.config import LawConfig, PretrainConfig, RasterConfig, RunConfig
+from varl.config import LawConfig, PretrainConfig, RasterConfig, RunConfig, UnmaskingConfig
 from varl.errors import ConfigError, VarlError
 from varl.recipes import describe, recipe
 from varl.settings import from_yaml, override
@@ -56,6 +56,10 @@ Set = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory; runs/NAME if not given.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only what came out.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Of a masked model: in how many steps its tokens are settled; 64 if not given.")]
+DenoiseSteps = Annotated[
+    int | None, typer.Option("--denoise-steps", help="Of a masked model: in how many steps each token is made of noise; 100 if not given.")
+]
 
 
 GUIDANCE = "Guidance, one number or one for each scale or token, with commas; 1 is none."
@@ -363,6 +367,12 @@ def pretrain(target: Target, assignments: Set = None, out: Out = None, quiet: Qu
         typer.echo(f"model   {run(config, folder, tick, captions)}")
 
 
+def unmasking_of(steps: int | None, denoise_steps: int | None) -> UnmaskingConfig | None:
+    """What the two options ask for; None where they are not given."""
+    asked = {name: value for name, value in (("steps", steps), ("denoise_steps", denoise_steps)) if value is not None}
+    return UnmaskingConfig(**asked) if asked else None
+
+
 @app.command()
 def sample(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a run directory, or bundled:words.")],
@@ -377,6 +387,8 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
     cfg: Annotated[str, typer.Option(help=GUIDANCE)] = "1.0",
+    steps: Steps = None,
+    denoise_steps: DenoiseSteps = None,
 ) -> None:
     """Draw pictures into one PNG."""
     law = LawConfig(cfg_scale=numbers(cfg, "--cfg"), temperature=temperature, top_k=top_k, top_p=top_p)
@@ -389,7 +401,8 @@ def sample(
 
     asked = [text_prompt(text, [name for name in style.split(",") if name]) for text in prompt or ()]
     asked += [Prompt(label=number) for number in label or ()] + (read_folder(prompts) if prompts else [])
-    draw_grid(load_policy(find_model(model), law), asked, copies, seed, out)
+    policy = load_policy(find_model(model), law, unmasking=unmasking_of(steps, denoise_steps))
+    draw_grid(policy, asked, copies, seed, out)
     typer.echo(str(out))
 
 
@@ -469,6 +482,8 @@ def eval_fid(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    steps: Steps = None,
+    denoise_steps: DenoiseSteps = None,
     size: Annotated[
         int | None, typer.Option(min=1, help="Pixels to a side that drawn pictures are brought to; their own if not given.")
     ] = None,
@@ -481,6 +496,7 @@ def eval_fid(
     quiet: Quiet = False,
 ) -> None:
     """FID, Inception score, precision, recall and KID. Drawn pictures lie beside the JSON; the same command goes on where it stopped."""
+    unmasking = unmasking_of(steps, denoise_steps)
     law = LawConfig(cfg_scale=numbers(cfg, "--cfg"), temperature=temperature, top_k=top_k, top_p=top_p)
     from varl.eval.features import open_pictures
     from varl.eval.fid import compare_sets, demand_comparable, reference_pictures
@@ -492,12 +508,12 @@ def eval_fid(
     demand_file(file)
     real = reference_pictures(reference)
     if model is None:
-        plain = (SAMPLES, LawConfig(), None, "float32", None)
-        demand_pictures(target, drawn_otherwise=(samples, law, size, dtype, prompts) != plain)
+        plain = (SAMPLES, LawConfig(), None, None, "float32", None)
+        demand_pictures(target, drawn_otherwise=(samples, law, unmasking, size, dtype, prompts) != plain)
         drawing, shown = None, open_pictures(target)
         demand_comparable(target, shown.count, shown.size, real)
     else:
-        drawing = plan_drawing(model, law, count=samples, seed=seed, side=size, dtype=dtype, prompts=prompts)
+        drawing = plan_drawing(model, law, unmasking, count=samples, seed=seed, side=size, dtype=dtype, prompts=prompts)
         demand_comparable(target, samples, drawing.size, real)
     extractor = load_extractor(features, inception)
     with Bar(None, measured_line, shown=not quiet) as bar:
@@ -526,7 +542,7 @@ def demand_pictures(target: str, *, drawn_otherwise: bool) -> None:
     if drawn_otherwise:
         raise ConfigError(
             f"{target}: is no model but pictures, which are there already. Leave out what says how a model draws: --samples, --cfg, "
-            "--temperature, --top-k, --top-p, --size, --dtype and --prompts."
+            "--temperature, --top-k, --top-p, --steps, --denoise-steps, --size, --dtype and --prompts."
         )
 
 

@@ -197,7 +197,7 @@ class Watch:
         parts = {name.rpartition("/")[2]: part for name, part in judgement.parts.items()}
         reads = "word_accuracy" in parts
         readings = reading_metrics(parts, 2) if reads else {"reward": float(judgement.value.nanmean())}
-        return {f"eval/{name}": value for name, value in {**readings, "token_diversity": token_diversity(sample.actions, 2)}.items()}
+        return {f"eval/{name}": value for name, value in {**readings, "token_diversity": token_diversity(sample.tokens, 2)}.items()}
 
     def show(self, step: int) -> None:
         """One picture per fixed prompt, what was read in it, and the credit that the algorithm would give its tokens."""

@@ -9,11 +9,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from varl.build import model_path, new_policy
+from varl.build import AnyPolicy, model_path, new_policy, require_unmasking
 from varl.checkpoints import janus
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.folder import load_config
-from varl.config import ActingConfig, LawConfig, NextScaleConfig, OCRConfig, WordsConfig
+from varl.config import ActingConfig, LawConfig, NextScaleConfig, OCRConfig, UnmaskingConfig, WordsConfig
 from varl.data.folder import read_folder
 from varl.data.fonts import FACES
 from varl.data.words import PALETTES
@@ -22,8 +22,6 @@ from varl.eval.draw import draw_pictures
 from varl.eval.features import Extractor
 from varl.eval.inception import load_inception
 from varl.eval.words import draw_sample, reading_metrics, token_diversity
-from varl.policies.next_scale import NextScalePolicy
-from varl.policies.raster import RasterPolicy
 from varl.probe import model_identity
 from varl.rewards.judge import judge_now
 from varl.rewards.ocr_reward import OCRReward
@@ -61,9 +59,11 @@ def usual_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_policy(path: Path, law: LawConfig = LawConfig(), dtype: torch.dtype = torch.float32) -> NextScalePolicy | RasterPolicy:
+def load_policy(
+    path: Path, law: LawConfig = LawConfig(), dtype: torch.dtype = torch.float32, unmasking: UnmaskingConfig | None = None
+) -> AnyPolicy:
     """The model at `path` on the GPU if there is one, drawing under `law`."""
-    return new_policy(model_folder.load(path), usual_device(), law, law, dtype)
+    return new_policy(model_folder.load(path), usual_device(), law, law, dtype, unmasking)
 
 
 def text_prompt(text: str, style: Sequence[str] = ()) -> Prompt:
@@ -72,7 +72,7 @@ def text_prompt(text: str, style: Sequence[str] = ()) -> Prompt:
     return Prompt(text=text, style=tuple(style), regions=regions)
 
 
-def draw_grid(policy: NextScalePolicy | RasterPolicy, prompts: Sequence[Prompt], copies: int, seed: int, out: Path) -> None:
+def draw_grid(policy: AnyPolicy, prompts: Sequence[Prompt], copies: int, seed: int, out: Path) -> None:
     """`copies` pictures of each prompt as one PNG; the same seed gives the same pictures."""
     config = policy.module.config
     classes, styled = config.num_classes, isinstance(config, NextScaleConfig) and config.text is not None
@@ -103,7 +103,7 @@ def words_of(config: ActingConfig) -> WordsConfig:
 
 
 def evaluate(
-    policy: NextScalePolicy | RasterPolicy, prompts: Sequence[Prompt], *, temperatures: Sequence[float], judges: Sequence[str], seed: int
+    policy: AnyPolicy, prompts: Sequence[Prompt], *, temperatures: Sequence[float], judges: Sequence[str], seed: int
 ) -> list[dict[str, Any]]:
     """A row for each temperature and judge: word_accuracy and ned with 95% half-widths, failed readings, diversity of tokens. All judges
     read the same pictures, two of each prompt."""
@@ -114,7 +114,7 @@ def evaluate(
         rewards = [opened.enter_context(closing(OCRReward(config))) for config in configs]
         for temperature in temperatures:
             sample = draw_sample(policy.under(LawConfig(temperature=temperature)), prompts, copies=COPIES, seed=seed)
-            diversity = token_diversity(sample.actions, COPIES)
+            diversity = token_diversity(sample.tokens, COPIES)
             for reward in rewards:
                 parts = judge_now(reward, sample.images, sample.prompts).parts
                 rows.append(
@@ -132,6 +132,8 @@ class Drawing:
 
     model: Path
     law: LawConfig
+    unmasking: UnmaskingConfig | None
+    """Of a masked model."""
     count: int
     seed: int
     size: tuple[int, int]
@@ -143,10 +145,19 @@ class Drawing:
 
 
 def plan_drawing(
-    model: Path, law: LawConfig, *, count: int, seed: int, side: int | None, dtype: Literal["float32", "bfloat16"], prompts: Path | None
+    model: Path,
+    law: LawConfig,
+    unmasking: UnmaskingConfig | None = None,
+    *,
+    count: int,
+    seed: int,
+    side: int | None,
+    dtype: Literal["float32", "bfloat16"],
+    prompts: Path | None,
 ) -> Drawing:
     """Read off the model's config; no weight is loaded. Without `prompts`, a folder, the model's classes are asked for."""
     config = config_of(model)
+    require_unmasking(config, unmasking)
     height, width = config.image_size
     if side is not None and height != width:
         raise ConfigError(f"--size {side}: this model's pictures are {height}x{width} (height x width), no squares. Leave it out.")
@@ -156,21 +167,26 @@ def plan_drawing(
         )
     choices = read_folder(prompts) if prompts else [Prompt(label=label) for label in range(config.num_classes or 0)]
     size = (height, width) if side is None else (side, side)
-    return Drawing(model=model, law=law, count=count, seed=seed, size=size, dtype=dtype, choices=choices)
+    return Drawing(model=model, law=law, unmasking=unmasking, count=count, seed=seed, size=size, dtype=dtype, choices=choices)
 
 
 def draw_many(drawing: Drawing, folder: Path, batch: int, tick: Callable[[int], None]) -> Path:
     """The npz file of these pictures in `folder`; what is there already is not drawn again."""
     dtype = torch.bfloat16 if drawing.dtype == "bfloat16" else torch.float32
     return draw_pictures(
-        lambda: load_policy(drawing.model, drawing.law, dtype),
+        lambda: load_policy(drawing.model, drawing.law, dtype, drawing.unmasking),
         drawing.choices,
         folder,
         count=drawing.count,
         seed=drawing.seed,
         size=drawing.size,
         batch=batch,
-        settings={"model": model_identity(drawing.model)[:16], "dtype": drawing.dtype, **asdict(drawing.law)},
+        settings={
+            "model": model_identity(drawing.model)[:16],
+            "dtype": drawing.dtype,
+            **asdict(drawing.law),
+            **(asdict(drawing.unmasking) if drawing.unmasking else {}),
+        },
         tick=tick,
     )
 

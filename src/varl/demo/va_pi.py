@@ -135,7 +135,7 @@ def evaluate(folder: Path, *, config: RunConfig, cache: Path, laws: Mapping[str,
             "fd_heldout": other.value,
             "fd_heldout_ci95": other.high - other.value,
             "accuracy": float(right.float().mean()),
-            "token_diversity": token_diversity(sample.actions, COPIES),
+            "token_diversity": token_diversity(sample.tokens, COPIES),
         }
         if name == "T1.0":
             keep_pictures(cache, sample.images[:: COPIES // 2], sample.prompts[:: COPIES // 2], right[:: COPIES // 2])

@@ -112,7 +112,7 @@ def evaluate(folder: Path, *, config: RunConfig, cache: Path, engine: str, secon
             law = LawConfig(temperature=temperature)
             sample = draw_sample(policy.under(law), held, copies=COPIES, seed=EVAL_SEED, tick=count)
             judgement = judge_now(reward, sample.images, sample.prompts)
-            diversity = token_diversity(sample.actions, COPIES)
+            diversity = token_diversity(sample.tokens, COPIES)
             results[f"T{temperature}"] = {**reading_metrics(judgement.parts, COPIES), "token_diversity": diversity}
             if temperature == 1.0:
                 keep_pictures(cache, sample, judgement)

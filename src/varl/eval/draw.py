@@ -18,8 +18,7 @@ from torch import Tensor
 
 from varl.checkpoints.folder import read_tensors, write_bytes, write_tensors
 from varl.errors import ConfigError, DataError
-from varl.policies.next_scale import NextScalePolicy
-from varl.policies.raster import RasterPolicy
+from varl.policies.acting import ActingPolicy
 from varl.rng import Stream, generator
 from varl.types import Prompt
 
@@ -46,7 +45,7 @@ def prompt_of(choices: Sequence[Prompt], seed: int, row: int) -> Prompt:
 
 
 def draw_shard(
-    policy: NextScalePolicy | RasterPolicy,
+    policy: ActingPolicy,
     choices: Sequence[Prompt],
     rows: range,
     *,
@@ -68,7 +67,7 @@ def draw_shard(
 
 
 def draw_pictures(
-    load: Callable[[], NextScalePolicy | RasterPolicy],
+    load: Callable[[], ActingPolicy],
     choices: Sequence[Prompt],
     folder: Path,
     *,

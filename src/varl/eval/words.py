@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from varl.rng import Stream
@@ -17,7 +17,8 @@ class Sample:
 
     prompts: tuple[Prompt, ...]
     images: Float[Tensor, "B 3 H W"]
-    actions: Int[Tensor, "B L"]
+    tokens: Shaped[Tensor, "B L *d"]
+    """Ids, or vectors of d numbers."""
     copies: int
 
 
@@ -27,20 +28,25 @@ def draw_sample(
     """`copies` pictures of each prompt from the policy's sample law, at addresses (seed, "eval", row): the same ones in every run."""
     rng = Stream(seed=seed, path=("eval",), rows=tuple(range(len(prompts)))).repeat(copies)
     repeated = [p for p in prompts for _ in range(copies)]
-    images, actions = [], []
+    images, tokens = [], []
     for start in range(0, len(repeated), batch):
         rows = range(start, min(start + batch, len(repeated)))
         rollout: Rollout = policy.rollout([repeated[i] for i in rows], rng.select(rows))
         images.append(policy.decode(rollout).cpu())
-        actions.append(rollout.actions.cpu())
+        tokens.append((rollout.actions if rollout.chain is None else rollout.actions[:, :, -1]).cpu())
         tick(len(rows))
-    return Sample(prompts=tuple(repeated), images=torch.cat(images), actions=torch.cat(actions), copies=copies)
+    return Sample(prompts=tuple(repeated), images=torch.cat(images), tokens=torch.cat(tokens), copies=copies)
 
 
-def token_diversity(actions: Int[Tensor, "B L"], copies: int) -> float:
-    """Share of tokens in which two pictures of the same prompt differ, mean over pairs and prompts: 0 is one picture, 1 nothing shared."""
-    group = actions.view(-1, copies, actions.shape[1])
-    differ = (group[:, :, None] != group[:, None]).float().mean(-1)
+def token_diversity(tokens: Shaped[Tensor, "B L *d"], copies: int) -> float:
+    """How much two pictures of the same prompt differ, mean over pairs and prompts. Of ids: the share of tokens in which they do, 0 for one
+    picture, 1 for nothing shared. Of vectors: the root of the mean squared difference of their numbers, in the unit of the latents."""
+    group = tokens.unflatten(0, (-1, copies))
+    first, second = group[:, :, None], group[:, None]
+    if tokens.is_floating_point():
+        differ = (first - second).square().flatten(3).mean(-1).sqrt()
+    else:
+        differ = (first != second).float().mean(-1)
     return float(differ.sum((1, 2)).mean() / (copies * (copies - 1)))
 
 

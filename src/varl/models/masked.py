@@ -59,7 +59,7 @@ class MaskedModel(Protocol):
         """The head as a chain of `steps` moves."""
         ...
 
-    def condition(self, asked: Any) -> Any:
+    def condition(self, asked: Any, /) -> Any:
         """Of classes [B], where `num_classes` is "none"; or of captions, each the features [n, C] or ids [n] that were read of it, the
         empty caption being "none". What comes back can be indexed by rows like a tensor, and has a gradient."""
         ...

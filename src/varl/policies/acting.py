@@ -80,6 +80,9 @@ class ActingPolicy:
     def device(self) -> torch.device:
         raise NotImplementedError
 
+    def rollout(self, prompts: Sequence[Prompt], rng: Stream) -> Rollout:
+        raise NotImplementedError
+
     def render(self, rollout: Rollout) -> Float[Tensor, "B 3 H W"]:
         """What the tokenizer makes of it, meant to lie in [-1, 1] and not clamped."""
         raise NotImplementedError

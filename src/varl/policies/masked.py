@@ -202,13 +202,12 @@ class MaskedPolicy(ActingPolicy):
         sample_law: LawConfig = LawConfig(),
         score_law: LawConfig = LawConfig(),
         dtype: torch.dtype = torch.float32,
-        train_head: bool = False,
     ) -> None:
-        """The head is frozen unless `train_head`; it works in fp32, the transformer in `dtype`."""
+        """The head is frozen; it works in fp32, the transformer in `dtype`."""
         self.module: Any = model.eval()  # type: ignore[attr-defined]
-        self.module.head.requires_grad_(train_head)
+        self.train_head(False)
         self.tokenizer = tokenizer.eval().requires_grad_(False)
-        self.captions, self.unmasking, self.trains_head = captions, unmasking, train_head
+        self.captions, self.unmasking = captions, unmasking
         self.sample_law, self.score_law, self.dtype = sample_law, score_law, dtype
         self.counts = model.schedule(unmasking.steps)
         """Tokens that each step settles."""
@@ -218,6 +217,11 @@ class MaskedPolicy(ActingPolicy):
         self._check_laws()
         if model.config.num_classes is None and captions is None:
             raise ConfigError("this model reads captions and the policy has no encoder for them. Give `captions`, from texts to features.")
+
+    def train_head(self, learns: bool) -> None:
+        """Whether the head learns too."""
+        self.trains_head = learns
+        self.module.head.requires_grad_(learns)
 
     def _check_laws(self) -> None:
         require_laws({"sample_law": self.sample_law, "score_law": self.score_law}, self.layout.steps, self.step_name, None)
