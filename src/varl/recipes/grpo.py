@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from varl.config import GRPOConfig, OCRConfig, RunConfig, WeightedReward
-from varl.recipes import var_rl
+from varl.config import GRPOConfig, MARGRPOConfig, OCRConfig, RunConfig, WeightedReward
+from varl.recipes import mar_grpo, var_rl
 
 
 def words_cpu() -> RunConfig:
@@ -14,3 +14,10 @@ def words_cpu() -> RunConfig:
         rewards={"ocr": WeightedReward(reward=OCRConfig(score="mixed"))},
         algorithm=GRPOConfig(num_generations=16, beta=0.0, loss_type="dapo"),
     )
+
+
+def glyphs_mar_cpu() -> RunConfig:
+    """GRPO end to end on mar_grpo/glyphs_cpu's model and letters: the head learns too, no further paths."""
+    ours = mar_grpo.glyphs_cpu()
+    assert isinstance(ours.algorithm, MARGRPOConfig)
+    return replace(ours, name="grpo/glyphs_mar_cpu", algorithm=replace(ours.algorithm, num_trajectories=0, train_head=True))
