@@ -1,6 +1,6 @@
 """NOVA's released folders (arXiv 2412.14169; BAAI/nova-d48w1024-sd512 and others), as diffusers keeps them, as our modules:
-model_index.json, and transformer/, vae/, scheduler/, each with its config. diffusers is not needed. The text encoder in them is Phi-2, which
-`transformers` reads. The transformer's names are ours; the autoencoder's are not, and its attention keeps q, k and v apart."""
+model_index.json, and transformer/, vae/, scheduler/, each with its config. diffusers is not needed. The text encoder in them is Phi-2,
+which `transformers` reads. The transformer's names are ours; the autoencoder's are not, and its attention keeps q, k and v apart."""
 
 import json
 import re
@@ -33,8 +33,9 @@ def is_nova(folder: Path) -> bool:
     return file.is_file() and _told(file).get("_class_name") == "NOVAPipeline"
 
 
-def load_nova(folder: Path | str, *, heads: int | None = None) -> tuple[NOVA, KL]:
-    """The transformer and the autoencoder in `folder`, in fp32 on the CPU. Every key is accounted for. Sizes are read off the weights, but
+def load_nova(folder: Path | str, transformer: Path | str | None = None, *, heads: int | None = None) -> tuple[NOVA, KL]:
+    """The transformer and the autoencoder in `folder`, in fp32 on the CPU; `transformer` is another file or folder of weights for it, such
+    as a training run's. Every key is accounted for. Sizes are read off the weights, but
     for the picture's size, the positions, the sampler and the scale of the latents, which the configs tell; and but for `heads`, of a
     transformer of no released width."""
     folder = Path(folder)
@@ -42,9 +43,10 @@ def load_nova(folder: Path | str, *, heads: int | None = None) -> tuple[NOVA, KL
         raise CheckpointError(f"{folder}: {INDEX} tells of no NOVAPipeline. Give a folder such as BAAI/nova-d48w1024-sd512, copied whole.")
     drawn = sampler_config(_told(folder / "scheduler" / "scheduler_config.json"), str(folder / "scheduler"))
     told_vae, told = (_told(folder / part / "config.json") for part in ("vae", "transformer"))
-    where, where_vae = str(folder / "transformer"), str(folder / "vae")
+    where_vae = str(folder / "vae")
     refuse_other_autoencoders(told_vae, where_vae)
-    state = read_weights(_weights(folder / "transformer"))
+    weights = folder / "transformer" if transformer is None else Path(transformer)
+    where, state = str(weights), read_weights(_weights(weights) if weights.is_dir() else weights)
     vae = diffusers_names(read_weights(_weights(folder / "vae")))
     tokenizer = tokenizer_config(shapes_of(vae), where_vae, scale=told_vae.get("scaling_factor"), shift=told_vae.get("shift_factor"))
     config = transformer_config(shapes_of(state), told, tokenizer, drawn, where, heads)

@@ -183,8 +183,8 @@ class MotionEmbed(nn.Module):
         self.flow_proj, self.fps_proj = wave_mlp(width), wave_mlp(width)
 
     def forward(self) -> Float[Tensor, "2 D"]:
-        flow, fps = waves(torch.tensor([MOTION, FRAMES_PER_SECOND]), TIME_WIDTH).to(self.flow_proj[0].weight).split(1)
-        return torch.cat([self.flow_proj(flow), self.fps_proj(fps)])
+        usual = waves(torch.tensor([MOTION, FRAMES_PER_SECOND]), TIME_WIDTH).to(next(self.parameters()))
+        return torch.cat([self.flow_proj(usual[:1]), self.fps_proj(usual[1:])])
 
 
 # ---- the head -------------------------------------------------------------------------------------------------------------------------
