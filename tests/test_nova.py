@@ -12,7 +12,7 @@ from varl.build import new_policy
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.convert import load_released
 from varl.checkpoints.nova import OLD_NAMES, load_nova, released_names, sampler_config
-from varl.config import SD_KL, AncestralConfig, CaptionConfig, FlowConfig, KLConfig, NOVAConfig, NOVAHeadConfig, ViTConfig
+from varl.config import AncestralConfig, CaptionConfig, FlowConfig, KLConfig, NOVAConfig, NOVAHeadConfig, ViTConfig
 from varl.errors import CheckpointError, ConfigError, DataError
 from varl.models.diffusion_head import evenly, respaced
 from varl.models.flow import flow_move
@@ -432,7 +432,7 @@ def test_older_names_of_the_autoencoder(tmp_path):
 
 def test_the_defaults_are_the_released_ones():
     config = NOVAConfig()
-    assert (config.image_size, SD_KL.stride, SD_KL.token_width) == ((512, 512), 16, 16)
+    assert (config.image_size, config.tokenizer.stride, config.tokenizer.token_width) == ((512, 512), 16, 16)
     with torch.device("meta"):
         model = NOVA(config)
     assert sum(p.numel() for p in model.parameters()) + model.text_embed.weight.numel() == 647004176

@@ -173,8 +173,8 @@ class RasterConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KLConfig:
-    """A KL autoencoder: a Gaussian over a vector per cell, and no codes. The defaults are MAR's (arXiv 2406.11838), KL-16; `SD_KL` is
-    Stable Diffusion's, of which NOVA takes 2 x 2 cells as a token."""
+    """A KL autoencoder: a Gaussian over a vector per cell, and no codes. The defaults are MAR's (arXiv 2406.11838), KL-16; NOVA's
+    are Stable Diffusion's, of which it takes 2 x 2 cells as a token."""
 
     channels: int = 16
     """Of a cell's vector."""
@@ -325,10 +325,6 @@ class NOVAHeadConfig:
 
 NOVA_CAPTION = 512
 """Places that its table of "none" has."""
-SD_KL = KLConfig(channels=4, multipliers=(1, 2, 4, 4), levels_attend=False, scale=0.18215, fold=2)
-"""Stable Diffusion's KL-8, as NOVA takes it; SDXL's has scale 0.13025."""
-PHI = CaptionConfig(tokens=256, width=2560, encoder="microsoft/phi-2")
-"""How NOVA reads captions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -349,8 +345,9 @@ class NOVAConfig:
     """Positions turn queries and keys; else they are added to what is read."""
     motion: bool = False
     """Made for videos too: besides the caption it reads how much shall move, and how fast, which here is always what the authors set."""
-    captions: CaptionConfig = PHI
-    tokenizer: KLConfig = SD_KL
+    captions: CaptionConfig = CaptionConfig(tokens=256, width=2560, encoder="microsoft/phi-2")
+    tokenizer: KLConfig = KLConfig(channels=4, multipliers=(1, 2, 4, 4), levels_attend=False, scale=0.18215, fold=2)
+    """Stable Diffusion's KL-8. SDXL's has scale 0.13025."""
 
     def __post_init__(self) -> None:
         if min(self.grid) < 2 or self.grid[0] % 2 or self.grid[1] % 2:

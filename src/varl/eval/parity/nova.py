@@ -10,7 +10,7 @@ from torch import Tensor
 
 from varl.checkpoints import nova
 from varl.checkpoints.folder import Shapes, strict_load
-from varl.config import SD_KL, AncestralConfig, CaptionConfig, FlowConfig, KLConfig, NOVAConfig, NOVAHeadConfig, ViTConfig
+from varl.config import AncestralConfig, CaptionConfig, FlowConfig, KLConfig, NOVAConfig, NOVAHeadConfig, ViTConfig
 from varl.errors import ConfigError
 from varl.eval.parity.case import Case
 from varl.models.diffusion_head import drawn, log_density, posterior_mean, predicted_start
@@ -18,6 +18,7 @@ from varl.models.flow import LEVELS, flow_levels, flow_move, shifted
 from varl.models.nova import NOVA, FlowChain, ancestral
 from varl.tokenizers.kl import KL, folded, unfolded
 
+RELEASED = NOVAConfig().tokenizer
 SEEN, SHOWN = 5, slice(5, 9)
 """How many tokens of the recorded order are known in the cases, and which the head is then asked for."""
 REPEATS = 4
@@ -38,10 +39,10 @@ def fit(shapes: Shapes, where: str) -> None:
         if "mask_embed.mask_token" in shapes:
             rotary = "video_pos_embed.norm.weight" not in shapes
             told = {"image_base_size": (2, 2), "video_base_size": (1, 1, 1), "text_token_len": 1, "rotary_pos_embed": rotary}
-            strict_load(NOVA(nova.transformer_config(shapes, told, SD_KL, AncestralConfig(), where)), state, where)
+            strict_load(NOVA(nova.transformer_config(shapes, told, RELEASED, AncestralConfig(), where)), state, where)
         else:
             state = nova.diffusers_names(state)
-            sizes = nova.tokenizer_config({name: tuple(tensor.shape) for name, tensor in state.items()}, where, scale=SD_KL.scale)
+            sizes = nova.tokenizer_config({name: tuple(tensor.shape) for name, tensor in state.items()}, where, scale=RELEASED.scale)
             nova.fill_tokenizer(KL(sizes), state, where)
 
 
@@ -193,7 +194,8 @@ def _ancestral(
         t = torch.full(x.shape[:2], step)
         eps = torch.where(shown, model.head(x, process.timesteps[t], z), x)
         mean = posterior_mean(process, predicted_start(process, x, eps, t), x, t)
-        x = drawn(mean, process.log_variances[t].float()[..., None], folded(next(draws), 2)) if step else mean
+        log_variance = process.log_variances[t].float()[..., None].expand_as(mean)
+        x = drawn(mean, log_variance, folded(next(draws), 2)) if step else mean
     return {"ddpm_timesteps": process.timesteps.flip(0), "ddpm_denoise": x}
 
 
