@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from varl.config import KLConfig
+from varl.config import KLConfig, MARConfig
 from varl.errors import ConfigError
 from varl.tokenizers.kl import KL, Posterior
 
@@ -75,3 +75,22 @@ def test_a_reconstruction_is_of_the_mean_or_of_a_draw():
     noise = torch.randn(2, 3, 4, 6)
     assert torch.equal(kl(images, noise)[0], kl.decode(posterior.draw(noise)))
     assert plain.shape == images.shape
+
+
+def test_tokens_of_several_cells_hold_them_one_after_the_other():
+    kl, z = tiny(fold=2, scale=0.25, shift=1.0), torch.randn(2, 3, 4, 6)
+    tokens = kl.tokens(z)
+    assert tokens.shape == (2, 6, 12)
+    cells = z[1, :, 2:4, 4:6]  # of the last token: row 1, column 2
+    assert torch.equal(tokens[1, 1 * 3 + 2].view(2, 2, 3), (cells.permute(1, 2, 0) - 1.0) * 0.25)
+    torch.testing.assert_close(kl.maps(tokens, (2, 3)), z)
+    assert (kl.config.token_width, kl.config.stride) == (12, 4)
+    with pytest.raises(ConfigError, match="fold=0: must be 1 or more"):
+        replace(TINY, fold=0)
+    with pytest.raises(ConfigError, match="fold=2: must be 1"):
+        MARConfig(tokenizer=replace(TINY, fold=2))
+
+
+def test_attention_in_the_middle_alone():
+    more = tiny().state_dict().keys() - tiny(levels_attend=False).state_dict().keys()
+    assert {name.rpartition(".")[0] for name in more} == {f"encoder.down.1.attn.0.{part}" for part in ("norm", "qkv", "proj_out")}

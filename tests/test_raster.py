@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from varl.config import CaptionConfig, RasterConfig, VQConfig
 from varl.errors import ConfigError
-from varl.models.raster import Condition, Raster, RMSNorm, attention_mask, rotate, rotations
+from varl.models.layers import rotate
+from varl.models.raster import Condition, Raster, RMSNorm, attention_mask, rotations
 
 TINY = RasterConfig(depth=2, width=16, heads=2, grid=(3, 3), mlp_width=24, num_classes=4, tokenizer=VQConfig(vocab=12, channels=4))
 CAPTIONS = CaptionConfig(tokens=5, width=6)

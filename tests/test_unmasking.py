@@ -5,7 +5,7 @@ import torch
 
 from varl.config import mar_guidance, settled_counts
 from varl.errors import ConfigError
-from varl.models.flow import flow_move
+from varl.models.flow import flow_levels, flow_move, shifted
 
 
 @pytest.mark.parametrize(
@@ -53,13 +53,19 @@ def test_guidance_grows_with_what_is_known():
     assert mar_guidance(1.0, 16, 4) == (1.0,) * 4
 
 
-def levels(count: int = 25) -> list[float]:
-    return [*torch.linspace(1, 0.001, count, dtype=torch.float64).tolist(), 0.0]
+def test_levels_of_the_flow_sampler():
+    assert flow_levels(1, 3.0).tolist() == [1, 0]
+    assert flow_levels(4, 1.0).tolist() == pytest.approx([1, 0.667, 0.334, 0.001, 0])
+    least = 0.003 / 1.002
+    assert flow_levels(3, 3.0).tolist() == pytest.approx([1, shifted((1 + least) / 2, 3.0), shifted(least, 3.0), 0])
+    assert shifted(0.5, 3.0) == 0.75
+    with pytest.raises(ValueError, match="0 steps"):
+        flow_levels(0, 1.0)
 
 
 def test_noise_of_the_flow_sampler_as_released():
     """25 levels, not shifted: standard deviations measured on the authors' scheduler."""
-    at = levels()
+    at = flow_levels(25, 1.0).tolist()
     assert at[1] == pytest.approx(0.958375)
     zero = torch.zeros(1)
     std = [flow_move(zero, zero, now, after, at[1])[1] for now, after in pairwise(at)]

@@ -54,6 +54,7 @@ from varl.errors import ConfigError, DataError
 from varl.models.janus import Janus
 from varl.models.mar import MAR
 from varl.models.next_scale import NextScale
+from varl.models.nova import NOVA
 from varl.models.raster import Raster
 from varl.policies.masked import MaskedPolicy
 from varl.policies.next_scale import NextScalePolicy
@@ -125,6 +126,8 @@ def new_policy(
                 score_law=score_law,
                 dtype=dtype,
             )
+        case (NOVA(), KL()):
+            raise ConfigError("the model is a NOVA, which can be loaded and compared, and draws no pictures yet. Give another model.")
     assert_never(pair)
 
 

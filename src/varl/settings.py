@@ -10,8 +10,10 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from varl.config import (
+    AncestralConfig,
     ClassifierConfig,
     ClassScoreConfig,
+    FlowConfig,
     FolderConfig,
     GlyphsConfig,
     GRPOConfig,
@@ -19,6 +21,7 @@ from varl.config import (
     MARGRPOConfig,
     ModelConfig,
     NextScaleConfig,
+    NOVAConfig,
     OCRConfig,
     PicturesConfig,
     PythonRewardConfig,
@@ -47,6 +50,9 @@ KINDS: dict[type, str] = {
     NextScaleConfig: "next_scale",
     RasterConfig: "raster",
     MARConfig: "mar",
+    NOVAConfig: "nova",
+    AncestralConfig: "ancestral",
+    FlowConfig: "flow",
     ClassifierConfig: "classifier",
 }
 """What `kind:` says in YAML where a setting may be of several classes."""

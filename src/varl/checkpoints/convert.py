@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from varl.checkpoints import mar, var
+from varl.checkpoints import mar, nova, var
 from varl.checkpoints.llamagen import llamagen_pair, unwrapped
 from varl.checkpoints.model import Pair
 from varl.checkpoints.released import ReleasedFile, listed, read_file
@@ -12,6 +12,7 @@ MARKS = {
     "VAR": ("word_embed.weight", "lvl_1L"),
     "LlamaGen": ("tok_embeddings.weight", "output.weight"),
     "MAR": ("z_proj.weight", "mask_token"),
+    "NOVA": ("mask_embed.mask_token", "text_embed.weight"),
 }
 """What transformers of a family hold, and those of no other."""
 
@@ -19,17 +20,25 @@ MARKS = {
 def load_released(
     transformer: Path | str, tokenizer: Path | str, *, image_size: int | None = None, heads: int | None = None, ema: bool = False
 ) -> Pair:
-    """The transformer with its tokenizer, as `load_var`, `load_llamagen` or `load_mar` gives them. Of VAR the weights tell everything: it
-    takes none of the further arguments; MAR takes `heads` alone."""
-    files = read_file(Path(transformer)), read_file(Path(tokenizer))
-    whose = family(files[0])
-    if whose == "LlamaGen":
-        return llamagen_pair(*files, image_size=image_size, heads=heads, ema=ema)
-    told = {"image_size (--image-size)": image_size, "heads (--heads)": None if whose == "MAR" else heads, "ema (--ema)": ema or None}
-    if needless := [name for name, value in told.items() if value is not None]:
+    """The transformer with its tokenizer, as `load_var`, `load_llamagen`, `load_mar` or `load_nova` gives them. Of VAR the weights tell
+    everything: it takes none of the further arguments; MAR and NOVA take `heads` alone. A NOVA's `tokenizer` is its whole folder, and its
+    `transformer` the folder of that name in it, or another file of its weights."""
+    whole = nova.is_nova(Path(tokenizer))
+    file = None if whole else read_file(Path(transformer))
+    whose = "NOVA" if file is None else family(file)
+    told = {"image_size (--image-size)": image_size, "heads (--heads)": heads if whose == "VAR" else None, "ema (--ema)": ema or None}
+    needless = [name for name, value in told.items() if value is not None]
+    if needless and whose != "LlamaGen":
         tell = "tell everything" if whose == "VAR" else "tell all but the heads"
         raise CheckpointError(f"{transformer}: is {whose}'s, whose weights {tell}. Leave {' and '.join(needless)} out.")
-    return mar.mar_pair(*files, heads=heads) if whose == "MAR" else var.var_pair(*files)
+    if file is None:
+        return nova.load_nova(tokenizer, transformer, heads=heads)
+    if whose == "NOVA":
+        raise CheckpointError(f"{transformer}: is NOVA's, and {tokenizer} is not its folder. After it give the one with {nova.INDEX}.")
+    other = read_file(Path(tokenizer))
+    if whose == "LlamaGen":
+        return llamagen_pair(file, other, image_size=image_size, heads=heads, ema=ema)
+    return mar.mar_pair(file, other, heads=heads) if whose == "MAR" else var.var_pair(file, other)
 
 
 def family(file: ReleasedFile) -> str:

@@ -9,19 +9,20 @@ from torch import nn
 
 from varl.checkpoints import hugging_face, janus
 from varl.checkpoints.folder import load_config, load_tensors, save_model, strict_load
-from varl.config import MARConfig, ModelConfig, NextScaleConfig, RasterConfig
+from varl.config import MARConfig, ModelConfig, NextScaleConfig, NOVAConfig, RasterConfig
 from varl.errors import ConfigError
 from varl.models.classifier import Classifier
 from varl.models.janus import Janus
 from varl.models.mar import MAR
 from varl.models.next_scale import NextScale
+from varl.models.nova import NOVA
 from varl.models.raster import Raster
 from varl.settings import classifier_from_yaml, model_from_yaml, model_to_yaml
 from varl.tokenizers.kl import KL
 from varl.tokenizers.multiscale_vq import MultiScaleVQ
 from varl.tokenizers.vq import VQ
 
-OwnPair = tuple[NextScale, MultiScaleVQ] | tuple[Raster, VQ] | tuple[MAR, KL]
+OwnPair = tuple[NextScale, MultiScaleVQ] | tuple[Raster, VQ] | tuple[MAR, KL] | tuple[NOVA, KL]
 """A model that VARL can make, and the tokenizer that it was trained with."""
 Pair = OwnPair | tuple[Janus, VQ]
 """A model that a policy acts with, and its tokenizer."""
@@ -41,7 +42,7 @@ def model_path(name: str) -> Path:
     return path
 
 
-def save(path: Path | str, model: NextScale | Raster | MAR | Janus, tokenizer: nn.Module, notes: Mapping[str, Any]) -> Path:
+def save(path: Path | str, model: NextScale | Raster | MAR | NOVA | Janus, tokenizer: nn.Module, notes: Mapping[str, Any]) -> Path:
     """config.yaml, model.safetensors, tokenizer.safetensors, notes.json, manifest.json; a Janus as `transformers` does, with the last two.
     Written whole or not at all."""
     if isinstance(model, Janus):
@@ -86,6 +87,8 @@ def unfilled(config: ModelConfig) -> OwnPair:
             return Raster.unfilled(config), VQ(config.tokenizer)
         case MARConfig():
             return MAR.unfilled(config), KL(config.tokenizer)
+        case NOVAConfig():
+            return NOVA.unfilled(config), KL(config.tokenizer)
 
 
 def fresh(config: ModelConfig) -> OwnPair:
@@ -97,3 +100,5 @@ def fresh(config: ModelConfig) -> OwnPair:
             return Raster(config), VQ(config.tokenizer)
         case MARConfig():
             return MAR(config), KL(config.tokenizer)
+        case NOVAConfig():
+            return NOVA(config), KL(config.tokenizer)

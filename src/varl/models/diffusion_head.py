@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int, Real
 from torch import Tensor, nn
 
 from varl.config import DiffusionHeadConfig
@@ -87,8 +87,12 @@ def respaced(kept: Sequence[int], least_signal: float = 0.0) -> Process:
     if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= STEPS:
         raise ValueError(f"respaced: {list(kept)[:8]} ... must be steps within 0 .. {STEPS - 1}, each once, in ascending order.")
     timesteps = torch.tensor(kept)
-    one = torch.ones(1, dtype=torch.float64)
-    whole = least_signal + (1 - least_signal) * (1 - cosine_betas()).cumprod(0)[timesteps]
+    return through(timesteps, least_signal + (1 - least_signal) * (1 - cosine_betas()).cumprod(0)[timesteps])
+
+
+def through(timesteps: Int[Tensor, " N"], whole: Float64[Tensor, " N"]) -> Process:
+    """The process whose a at these steps is `whole`."""
+    one = torch.ones_like(whole[:1])
     betas = 1 - whole / torch.cat([one, whole[:-1]])
     a = (1 - betas).cumprod(0)
     before = torch.cat([one, a[:-1]])
@@ -103,7 +107,7 @@ def respaced(kept: Sequence[int], least_signal: float = 0.0) -> Process:
         mean_of_start=betas * before.sqrt() / (1 - a),
         mean_of_x=(1 - before) * (1 - betas).sqrt() / (1 - a),
         log_betas=betas.log(),
-        log_variances=torch.cat([variances[1:2], variances[1:]]).log() if len(kept) > 1 else betas.log(),
+        log_variances=torch.cat([variances[1:2], variances[1:]]).log() if len(betas) > 1 else betas.log(),
     )
 
 
@@ -238,7 +242,7 @@ def velocity_loss(
 # ---- the network ----------------------------------------------------------------------------------------------------------------------
 
 
-def sinusoid(timesteps: Int[Tensor, "*B"]) -> Float[Tensor, "*B D"]:
+def sinusoid(timesteps: Real[Tensor, "*B"]) -> Float[Tensor, "*B D"]:
     """[cos, sin] of t / 10000^(i / 128), i = 0 .. 127."""
     half = TIME_WIDTH // 2
     frequency = torch.exp(-math.log(LONGEST_PERIOD) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half)

@@ -1,13 +1,19 @@
 """What the transformers of all families share."""
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for tensors of `device`. The meta device, which no weights are loaded on, knows of none."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def rotate(x: Float[Tensor, "B heads l d"], by: Float[Tensor, "... l pairs 2"]) -> Float[Tensor, "B heads l d"]:
+    """Neighbouring channels (2i, 2i + 1) turned as pairs by the angles whose (cos, sin) are given, in fp32."""
+    (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), by.unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).type_as(x)
 
 
 class KVCache:

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from varl.config import CaptionConfig, RasterConfig
-from varl.models.layers import KVCache
+from varl.models.layers import KVCache, rotate
 
 NORM_EPS = 1e-5
 ROPE_BASE = 10000.0
@@ -46,12 +46,6 @@ def rotations(grid: tuple[int, int], head_width: int, condition: int) -> Float[T
     row, column = (torch.outer(torch.arange(n).float(), frequency) for n in (h, w))
     angle = torch.cat([row[:, None].expand(-1, w, -1), column[None].expand(h, -1, -1)], -1).flatten(0, 1)
     return F.pad(torch.stack([angle.cos(), angle.sin()], -1), (0, 0, 0, 0, condition, 0))
-
-
-def rotate(x: Float[Tensor, "B heads l d"], by: Float[Tensor, "l pairs 2"]) -> Float[Tensor, "B heads l d"]:
-    """Neighbouring channels (2i, 2i + 1) turned as pairs, in fp32."""
-    (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), by.unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).type_as(x)
 
 
 def attention_mask(there: Bool[Tensor, "B N"], tokens: int) -> Bool[Tensor, "B 1 n n"]:

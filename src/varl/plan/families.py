@@ -11,12 +11,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from varl.checkpoints.model import OwnPair, Pair, fresh
-from varl.config import ActingConfig, JanusConfig, MARConfig, ModelConfig, NextScaleConfig, RasterConfig
+from varl.config import ActingConfig, JanusConfig, MARConfig, ModelConfig, NextScaleConfig, NOVAConfig, RasterConfig
 from varl.errors import ConfigError
 from varl.models.classifier import Classifier
 from varl.models.janus import Janus
 from varl.models.mar import MAR
 from varl.models.next_scale import NextScale
+from varl.models.nova import NOVA
 from varl.models.raster import Condition, Raster
 from varl.policies.acting import class_ids, require_text
 from varl.policies.next_scale import model_ids
@@ -200,6 +201,8 @@ def as_family(pair: Pair) -> Family:
             return RasterFamily(model, tokenizer)
         case (MAR(), KL()):
             raise ConfigError("the model is a MAR, of which nothing can be planned yet. Give another model.")
+        case (NOVA(), KL()):
+            raise ConfigError("the model is a NOVA, of which nothing can be planned yet. Give another model.")
     assert_never(pair)
 
 
@@ -210,7 +213,7 @@ def require_readable(prompts: Sequence[Prompt], config: ActingConfig) -> None:
             model_ids(prompts, config)
         case RasterConfig(num_classes=int() as classes) | MARConfig(num_classes=classes):
             class_ids(prompts, classes)
-        case RasterConfig() | JanusConfig():
+        case RasterConfig() | NOVAConfig() | JanusConfig():
             require_text(prompts)
 
 

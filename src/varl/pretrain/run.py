@@ -21,6 +21,7 @@ from varl.models.classifier import Classifier
 from varl.models.janus import Janus
 from varl.models.mar import MAR
 from varl.models.next_scale import NextScale
+from varl.models.nova import NOVA
 from varl.models.raster import Raster
 from varl.policies.acting import CaptionEncoder
 from varl.pretrain.classifier import ClassifierPhase
@@ -116,6 +117,8 @@ def phases(
             family = RasterFamily(model, tokenizer, captions)
         case (Janus(), VQ()):
             raise ConfigError(f"init={config.init!r}: holds a Janus-Pro, which is not trained on here. Post-train it with `varl train`.")
+        case (NOVA(), KL()):
+            raise ConfigError(f"init={config.init!r}: holds a NOVA, which is not trained on here. Post-train it with `varl train`.")
         case (MAR(), KL()):
             raise ConfigError("model: is a MAR, which cannot be pre-trained yet. Give another model.")
         case _:

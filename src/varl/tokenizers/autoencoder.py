@@ -87,9 +87,9 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures to `channels` numbers per token, as a map."""
+    """Pictures to `channels` numbers per token, as a map. Where `levels_attend` is False, attention is in the middle alone."""
 
-    def __init__(self, config: TokenizerConfig | VQConfig | KLConfig, channels: int) -> None:
+    def __init__(self, config: TokenizerConfig | VQConfig | KLConfig, channels: int, *, levels_attend: bool = True) -> None:
         super().__init__()
         widths = [config.width * m for m in config.multipliers]
         last = len(widths) - 1
@@ -100,7 +100,7 @@ class Encoder(nn.Module):
                 before,
                 after,
                 config.blocks,
-                config.attention and i == last,
+                config.attention and levels_attend and i == last,
                 "downsample",
                 Down(after) if i < last else nn.Identity(),
             )
@@ -117,7 +117,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """And back; what comes out is not clamped. Where `levels_attend` is False, attention is in the middle alone."""
+    """And back; what comes out is not clamped."""
 
     def __init__(self, config: TokenizerConfig | VQConfig | KLConfig, channels: int, *, levels_attend: bool = True) -> None:
         super().__init__()

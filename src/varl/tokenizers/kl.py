@@ -1,6 +1,7 @@
-"""MAR's KL autoencoder (arXiv 2406.11838, KL-16): a Gaussian over a vector per cell of the grid, from which the picture is decoded.
+"""KL autoencoders, MAR's (arXiv 2406.11838, KL-16) and Stable Diffusion's (arXiv 2112.10752): a Gaussian over a vector per cell, from which
+the picture is decoded.
 
-    z ~ N(mean, exp(log_variance))        tokens = 0.2325 z, row by row, which is what MAR draws
+    z ~ N(mean, exp(log_variance))        tokens = scale (z - shift), row by row, which is what masked models draw
 
 Pictures are [-1, 1] inside, as trained; `policies` converts."""
 
@@ -32,11 +33,24 @@ class Posterior:
         return 0.5 * (self.mean.square() + self.log_variance.exp() - 1.0 - self.log_variance).flatten(1).sum(1)
 
 
+def folded(maps: Float[Tensor, "B C h w"], fold: int) -> Float[Tensor, "B L d"]:
+    """The cells of each `fold` x `fold` patch as one token, vector after vector; patches and their cells row by row."""
+    cells = maps.unflatten(3, (-1, fold)).unflatten(2, (-1, fold))
+    return cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def unfolded(tokens: Float[Tensor, "B L d"], grid: tuple[int, int], fold: int) -> Float[Tensor, "B C h w"]:
+    """And back; `grid` (h, w) is the tokens'."""
+    cells = tokens.unflatten(2, (fold, fold, -1)).unflatten(1, grid)
+    return cells.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
 class KL(nn.Module):
     def __init__(self, config: KLConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder, self.decoder = Encoder(config, 2 * config.channels), Decoder(config, config.channels, levels_attend=False)
+        self.encoder = Encoder(config, 2 * config.channels, levels_attend=config.levels_attend)
+        self.decoder = Decoder(config, config.channels, levels_attend=False)
         self.quant_conv = nn.Conv2d(2 * config.channels, 2 * config.channels, 1)
         self.post_quant_conv = nn.Conv2d(config.channels, config.channels, 1)
 
@@ -49,13 +63,19 @@ class KL(nn.Module):
         """The picture of an unscaled map, in [-1, 1] but for overshoot: not clamped."""
         return self.decoder(self.post_quant_conv(z))
 
-    def tokens(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, "B L C"]:
-        """A map's vectors, scaled, row by row."""
-        return (z * self.config.scale).flatten(2).transpose(1, 2)
+    def scaled(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
+        return (z - self.config.shift) * self.config.scale
 
-    def maps(self, tokens: Float[Tensor, "B L C"], grid: tuple[int, int]) -> Float[Tensor, "B C h w"]:
-        """The unscaled map of tokens."""
-        return tokens.transpose(1, 2).unflatten(2, grid) / self.config.scale
+    def unscaled(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
+        return z / self.config.scale + self.config.shift
+
+    def tokens(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, "B L d"]:
+        """A map's tokens, scaled, row by row."""
+        return folded(self.scaled(z), self.config.fold)
+
+    def maps(self, tokens: Float[Tensor, "B L d"], grid: tuple[int, int]) -> Float[Tensor, "B C h w"]:
+        """The unscaled map of tokens, `grid` being theirs."""
+        return self.unscaled(unfolded(tokens, grid, self.config.fold))
 
     def forward(
         self, images: Float[Tensor, "B 3 H W"], noise: Float[Tensor, "B C h w"] | None = None
