@@ -50,8 +50,8 @@ def rotations(grid: tuple[int, int], head_width: int, condition: int) -> Float[T
 
 def rotate(x: Float[Tensor, "B heads l d"], by: Float[Tensor, "l pairs 2"]) -> Float[Tensor, "B heads l d"]:
     """Neighbouring channels (2i, 2i + 1) turned as pairs, in fp32."""
-    (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), by.unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).type_as(x)
+    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * torch.view_as_complex(by)
+    return torch.view_as_real(turned).flatten(-2).type_as(x)
 
 
 def attention_mask(there: Bool[Tensor, "B N"], tokens: int) -> Bool[Tensor, "B 1 n n"]:
@@ -73,8 +73,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        full = x.float()
-        return (full * torch.rsqrt(full.square().mean(-1, keepdim=True) + NORM_EPS)).type_as(x) * self.weight
+        return F.rms_norm(x.float(), x.shape[-1:], eps=NORM_EPS).type_as(x) * self.weight
 
 
 class Attention(nn.Module):
@@ -84,8 +83,9 @@ class Attention(nn.Module):
         self.wqkv, self.wo = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
 
     def qkv(self, x: Float[Tensor, "B l D"], turns: Float[Tensor, "l pairs 2"]) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.wqkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return rotate(q, turns), rotate(k, turns), v
+        qkv = self.wqkv(x).unflatten(2, (3 * self.heads, -1)).transpose(1, 2)
+        q, k = rotate(qkv[:, : 2 * self.heads], turns).chunk(2, 1)
+        return q, k, qkv[:, 2 * self.heads :]
 
     def forward(
         self, x: Float[Tensor, "B l D"], turns: Float[Tensor, "l pairs 2"], mask: Bool[Tensor, "B 1 l l"] | None
