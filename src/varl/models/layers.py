@@ -12,8 +12,8 @@ def autocasts(device: torch.device) -> bool:
 
 def rotate(x: Float[Tensor, "B heads l d"], by: Float[Tensor, "... l pairs 2"]) -> Float[Tensor, "B heads l d"]:
     """Neighbouring channels (2i, 2i + 1) turned as pairs by the angles whose (cos, sin) are given, in fp32."""
-    (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), by.unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).type_as(x)
+    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * torch.view_as_complex(by)
+    return torch.view_as_real(turned).flatten(-2).type_as(x)
 
 
 class KVCache:

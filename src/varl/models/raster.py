@@ -67,8 +67,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        full = x.float()
-        return (full * torch.rsqrt(full.square().mean(-1, keepdim=True) + NORM_EPS)).type_as(x) * self.weight
+        return F.rms_norm(x.float(), x.shape[-1:], eps=NORM_EPS).type_as(x) * self.weight
 
 
 class Attention(nn.Module):
@@ -78,8 +77,9 @@ class Attention(nn.Module):
         self.wqkv, self.wo = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
 
     def qkv(self, x: Float[Tensor, "B l D"], turns: Float[Tensor, "l pairs 2"]) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.wqkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return rotate(q, turns), rotate(k, turns), v
+        qkv = self.wqkv(x).unflatten(2, (3 * self.heads, -1)).transpose(1, 2)
+        q, k = rotate(qkv[:, : 2 * self.heads], turns).chunk(2, 1)
+        return q, k, qkv[:, 2 * self.heads :]
 
     def forward(
         self, x: Float[Tensor, "B l D"], turns: Float[Tensor, "l pairs 2"], mask: Bool[Tensor, "B 1 l l"] | None
