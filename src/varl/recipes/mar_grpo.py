@@ -1,5 +1,5 @@
-"""MAR-GRPO (arXiv 2604.06966): its settings, as far as paper and release tell them, and ours at the size of a laptop. Model folders are made
-by `varl convert`; the other paths are placeholders for files of yours, and so are the rewards of which the paper names HPS v2.1."""
+"""MAR-GRPO (arXiv 2604.06966): its settings, as far as paper and release tell them, and ours at the size of a laptop. Model folders are
+made by `varl convert`; the other paths are placeholders for files of yours, and so is the reward, which is HPS v2.1 in the paper."""
 
 from dataclasses import replace
 
