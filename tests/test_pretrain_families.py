@@ -13,14 +13,18 @@ from varl.checkpoints import model as model_folder
 from varl.config import (
     CaptionConfig,
     ClassifierConfig,
+    DiffusionHeadConfig,
     FolderConfig,
     GlyphsConfig,
+    KLConfig,
+    MARConfig,
     OptimConfig,
     PicturesConfig,
     PixelLossConfig,
     PretrainConfig,
     RasterConfig,
     ReconstructionConfig,
+    ViTConfig,
     VQConfig,
 )
 from varl.data.folder import write_folder
@@ -48,6 +52,15 @@ MODEL = RasterConfig(
     mlp_width=16,
     num_classes=CLASSES,
     tokenizer=VQConfig(vocab=16, channels=4, latent=8, width=8, multipliers=(1,), blocks=1, attention=False, patch=8),
+)
+MASKED = MARConfig(
+    encoder=ViTConfig(depth=1, width=16, heads=2),
+    decoder=ViTConfig(depth=1, width=16, heads=2),
+    head=DiffusionHeadConfig(depth=1, width=16, target="velocity", least_signal=2e-4),
+    grid=(2, 2),
+    num_classes=CLASSES,
+    buffer=2,
+    tokenizer=KLConfig(channels=4, width=8, multipliers=(1,), blocks=1, attention=False, patch=8, scale=1.0),
 )
 LOOKS = "test_pretrain_families:looks"
 
@@ -114,6 +127,7 @@ def configs(config, base) -> dict[str, PretrainConfig]:
     pixels = ReconstructionConfig(features=LOOKS)
     return {
         "raster": config,
+        "masked": replace(config, model=MASKED),
         "classifier": replace(config, model=classifier, optim=OptimConfig(lr=1e-2)),
         "transformer": replace(on, pixel_loss=PixelLossConfig(trains="transformer", reconstruction=pixels, prior_weight=0.1)),
         "decoder": replace(on, pixel_loss=PixelLossConfig(trains="decoder", reconstruction=pixels)),
@@ -382,7 +396,7 @@ def test_a_frozen_transformer_has_no_prior():
 # ---- all kinds
 
 
-@pytest.mark.parametrize("kind", ["raster", "classifier", "transformer", "decoder"])
+@pytest.mark.parametrize("kind", ["raster", "masked", "classifier", "transformer", "decoder"])
 def test_interrupted_it_ends_where_the_unbroken_one_does(kind, configs, base, tmp_path):
     config, whole = configs[kind], base
     if kind != "raster":
@@ -396,7 +410,7 @@ def test_interrupted_it_ends_where_the_unbroken_one_does(kind, configs, base, tm
     assert weights(tmp_path / "broken" / "model") == weights(whole / "model")
 
 
-@pytest.mark.parametrize("kind", ["raster", "classifier", "transformer", "decoder"])
+@pytest.mark.parametrize("kind", ["raster", "masked", "classifier", "transformer", "decoder"])
 def test_its_config_is_the_yaml_it_writes(kind, configs):
     assert from_yaml(to_yaml(configs[kind]), PretrainConfig) == configs[kind]
 

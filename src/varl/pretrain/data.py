@@ -1,5 +1,6 @@
 """What is trained on, in memory, and in which order."""
 
+import math
 from pathlib import Path
 from typing import NamedTuple, assert_never
 
@@ -63,6 +64,11 @@ def batch_index(pictures: int, batch: int, step: int, seed: int, purpose: str) -
     epoch, place = divmod(step, per_epoch)
     order = torch.randperm(pictures, generator=generator(seed, purpose, epoch))
     return order[place * batch : (place + 1) * batch]
+
+
+def psnr(error: float) -> float:
+    """Of a mean squared error of pixels in [-1, 1], in dB."""
+    return 10 * math.log10(4 / max(error, 1e-12))
 
 
 def signed(images: UInt8[Tensor, "B 3 H W"], device: torch.device) -> Float[Tensor, "B 3 H W"]:

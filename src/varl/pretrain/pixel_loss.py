@@ -53,7 +53,8 @@ class PixelLossPhase(Stateless):
     def step(self, step: int) -> Metrics:
         config = self.config
         batch = batch_index(len(self.known.ids), config.batch, step, config.seed, "pixels")
-        said = without_prompts(self.known.said[batch], self.family, config, step)
+        said = self.known.said[batch]
+        said = without_prompts(said, self.family.nothing(said), config, step)
         rng = generator(config.seed, "draws", step)
         loss, parts = self.loss(self.shown.images[batch], Known(self.known.ids[batch], said), rng)
         norm = descend(self, loss, self.trained.parameters())

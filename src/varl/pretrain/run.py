@@ -26,6 +26,7 @@ from varl.models.raster import Raster
 from varl.policies.acting import CaptionEncoder
 from varl.pretrain.classifier import ClassifierPhase
 from varl.pretrain.data import Shown, pictures
+from varl.pretrain.masked import AutoencoderPhase, MaskedPhase
 from varl.pretrain.next_scale import NextScaleFamily
 from varl.pretrain.phase import Metrics, Phase
 from varl.pretrain.pixel_loss import PixelLossPhase
@@ -99,7 +100,7 @@ def start(config: PretrainConfig) -> OwnPair | tuple[Classifier]:
         return model_folder.fresh(config.model)
     pair = model_folder.load(model_folder.model_path(config.init))
     match pair:
-        case (NextScale() | Raster() as model, _) if model.config == config.model:
+        case (NextScale() | Raster() | MAR() as model, _) if model.config == config.model:
             return pair
     raise ConfigError(f"init={config.init!r} holds a model of another config than `model`. Copy `model` from its config.yaml.")
 
@@ -119,8 +120,9 @@ def phases(
             raise ConfigError(f"init={config.init!r}: holds a Janus-Pro, which is not trained on here. Post-train it with `varl train`.")
         case (NOVA(), KL()):
             raise ConfigError(f"init={config.init!r}: holds a NOVA, which is not trained on here. Post-train it with `varl train`.")
-        case (MAR(), KL()):
-            raise ConfigError("model: is a MAR, which cannot be pre-trained yet. Give another model.")
+        case (MAR() as model, KL() as kl):
+            before: list[Phase] = [AutoencoderPhase(config, kl, shown, device)] if config.trains_tokenizer else []
+            return [*before, MaskedPhase(config, model, kl, shown, device)]
         case _:
             assert_never(modules)
     if config.pixel_loss is not None and isinstance(family, RasterFamily):

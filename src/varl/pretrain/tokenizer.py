@@ -1,6 +1,5 @@
 """A tokenizer from scratch: first a plain autoencoder, then a codebook started from its real features and kept by moving averages."""
 
-import math
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from varl.config import NextScaleConfig, OptimConfig, PretrainConfig, RasterConfig
 from varl.errors import ConfigError
 from varl.pretrain.codebook import CodeAverages
-from varl.pretrain.data import Shown, batch_index, signed
+from varl.pretrain.data import Shown, batch_index, psnr, signed
 from varl.pretrain.family import Family
 from varl.pretrain.phase import Metrics, descend
 from varl.rng import generator
@@ -62,8 +61,7 @@ class TokenizerPhase:
 
         def metrics(loss=loss.detach(), error=error.detach()) -> dict[str, Any]:
             used = 1.0 if uses is None else len(uses.unique()) / self.vocab
-            psnr = 10 * math.log10(4 / max(float(error), 1e-12))
-            return {"pretrain/loss": float(loss), "pretrain/psnr": psnr, "pretrain/code_usage": used}
+            return {"pretrain/loss": float(loss), "pretrain/psnr": psnr(float(error)), "pretrain/code_usage": used}
 
         return metrics
 

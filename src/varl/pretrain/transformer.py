@@ -32,7 +32,8 @@ class TransformerPhase(Stateless):
     def step(self, step: int) -> Metrics:
         config = self.config
         batch = batch_index(len(self.known.ids), config.batch, step, config.seed, "transformer")
-        said = without_prompts(self.known.said[batch], self.family, config, step)
+        said = self.known.said[batch]
+        said = without_prompts(said, self.family.nothing(said), config, step)
         with precision(config, self.device):
             losses, right = self.family.fit(said, self.known.ids[batch])
         loss = losses.mean()
@@ -65,10 +66,10 @@ def known(family: Family, images: UInt8[Tensor, "N 3 H W"], prompts: Sequence[Pr
     return Known(ids, family.read(prompts).to(device))
 
 
-def without_prompts(said: Int[Tensor, "b ..."], family: Family, config: PretrainConfig, step: int) -> Int[Tensor, "b ..."]:
-    """A share `drop_prompt` of the prompts made empty, so that the model also learns guidance's "none"."""
+def without_prompts(said: Int[Tensor, "b ..."], nothing: Int[Tensor, "..."], config: PretrainConfig, step: int) -> Int[Tensor, "b ..."]:
+    """A share `drop_prompt` of the prompts made empty, the row `nothing`, so that the model also learns guidance's "none"."""
     gone = torch.rand(len(said), generator=generator(config.seed, "drop", step)) < config.drop_prompt
-    return torch.where(gone.to(said.device).view(-1, *[1] * (said.ndim - 1)), family.nothing(said).to(said.device), said)
+    return torch.where(gone.to(said.device).view(-1, *[1] * (said.ndim - 1)), nothing.to(said.device), said)
 
 
 def precision(config: PretrainConfig, device: torch.device) -> torch.autocast:

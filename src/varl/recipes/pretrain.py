@@ -5,13 +5,17 @@ from typing import Literal
 
 from varl.config import (
     ClassifierConfig,
+    DiffusionHeadConfig,
     GlyphsConfig,
+    KLConfig,
+    MARConfig,
     NextScaleConfig,
     OptimConfig,
     PretrainConfig,
     RasterConfig,
     TextConfig,
     TokenizerConfig,
+    ViTConfig,
     VQConfig,
     WordsConfig,
 )
@@ -67,6 +71,36 @@ def glyphs_cpu() -> PretrainConfig:
         steps=800,
         batch=32,
         optim=OptimConfig(name="muon", lr=3e-3, schedule="linear", warmup_steps=10),
+        save_every=500,
+    )
+
+
+def glyphs_mar_model() -> MARConfig:
+    """1.2 M parameters, 36 tokens of 8 numbers."""
+    half = ViTConfig(depth=2, width=128, heads=4)
+    return MARConfig(
+        encoder=half,
+        decoder=half,
+        head=DiffusionHeadConfig(depth=3, width=128, target="velocity", least_signal=2e-4),
+        grid=(6, 6),
+        num_classes=len(GLYPHS.letters),
+        buffer=4,
+        tokenizer=KLConfig(channels=8, width=40, multipliers=(1,), blocks=1, attention=False, patch=4, scale=1.0),
+    )
+
+
+def glyphs_mar_cpu() -> PretrainConfig:
+    """The bundled MAR of letters: three minutes on one core. It stops early on purpose, to leave something to RL."""
+    return PretrainConfig(
+        name="pretrain/glyphs_mar_cpu",
+        model=glyphs_mar_model(),
+        data=GLYPHS,
+        pictures=8192,
+        tokenizer_steps=500,
+        steps=500,
+        batch=32,
+        optim=OptimConfig(name="muon", lr=3e-3, schedule="linear", warmup_steps=10),
+        drop_prompt=0.1,
         save_every=500,
     )
 
