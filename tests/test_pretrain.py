@@ -171,7 +171,8 @@ def test_every_picture_once_before_any_comes_again():
 
 def test_dropped_prompts_are_the_empty_prompt(config):
     def dropped(ids, share, step=0, model=MODEL):
-        return without_prompts(ids, NextScaleFamily(*fresh(model)), replace(config, model=model, drop_prompt=share), step)
+        nothing = NextScaleFamily(*fresh(model)).nothing(ids)
+        return without_prompts(ids, nothing, replace(config, model=model, drop_prompt=share), step)
 
     ids = model_ids([Prompt(text="ACE", style=("sans", "ink")), Prompt(text="B")] * 50, MODEL)
     empty = torch.nn.functional.pad(model_ids([Prompt()], MODEL), (0, 3))[0]
