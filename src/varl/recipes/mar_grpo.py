@@ -93,15 +93,15 @@ def glyphs_cpu() -> RunConfig:
         data=pretrain.GLYPHS,
         rewards={"class": WeightedReward(reward=ClassScoreConfig(classifier="bundled:glyphs_reward"))},
         algorithm=MARGRPOConfig(
-            grpo=GRPOConfig(num_generations=16, beta=0.01, rollouts_per_chunk=96), ar_steps=0, denoise_moves=6, num_trajectories=4
+            grpo=GRPOConfig(num_generations=12, beta=0.01, rollouts_per_chunk=72), ar_steps=0, denoise_moves=6, num_trajectories=2
         ),
-        unmasking=UnmaskingConfig(steps=6, denoise_steps=25),
+        unmasking=UnmaskingConfig(steps=4, denoise_steps=15),
         train=TrainConfig(
-            steps=100,
+            steps=48,
             prompts_per_step=12,
-            rollouts_per_backward=96,
-            save_every=25,
-            image_every=25,
+            rollouts_per_backward=72,
+            save_every=12,
+            image_every=12,
             optim=OptimConfig(lr=3e-4, warmup_steps=5, schedule="linear"),
         ),
     )
