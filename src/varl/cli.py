@@ -639,18 +639,21 @@ def parity(folder: Path) -> None:
 @app.command()
 def demo(
     which: Annotated[
-        Literal["words", "va-pi"], typer.Argument(help="words: to be read by OCR; va-pi: letters, aligned with pixels.")
+        Literal["words", "va-pi", "mar-grpo"],
+        typer.Argument(help="words: to be read by OCR; va-pi: letters, aligned with pixels; mar-grpo: letters that a classifier knows."),
     ] = "words",
-    out: Annotated[Path | None, typer.Option("--out", help="Run directory; runs/demo or runs/demo-va-pi if not given.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run directory; runs/demo or runs/demo-WHICH if not given.")] = None,
     seed: int = 0,
     quiet: Quiet = False,
 ) -> None:
     """A small bundled model, post-trained and measured before, after and against its controls. Goes on where it stopped."""
     speak(quiet)
-    from varl.demo import va_pi, words
+    from varl.demo import mar_grpo, va_pi, words
 
-    one = {"words": words, "va-pi": va_pi}[which]
-    folder = run_folder(out or Path("runs") / ("demo" if which == "words" else "demo-va-pi"), "demo", "eval")  # the base is measured first
+    one = {"words": words, "va-pi": va_pi, "mar-grpo": mar_grpo}[which]
+    folder = run_folder(
+        out or Path("runs") / ("demo" if which == "words" else f"demo-{which}"), "demo", "eval"
+    )  # the base is measured first
     with Bar(None, lambda metrics: training_line(metrics) or measured_line(metrics), shown=not quiet) as bar:
         found = one.demo(folder, seed, err_console.print, bar.tick)
     if not (found / "summary.json").exists():

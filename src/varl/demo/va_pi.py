@@ -9,45 +9,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from varl.build import build_judge, build_prompts, model_path, new_policy
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.folder import load_notes, replace_file
 from varl.config import GlyphsConfig, LawConfig, PretrainConfig, RunConfig
-from varl.data import glyphs
-from varl.demo import Say, Tick, available_cores, commit, copy_gallery, threads
-from varl.eval.distances import frechet_replicates, moments
-from varl.eval.features import extract, open_pictures
-from varl.eval.fid import GROUPS, compare_sets
-from varl.eval.gradients import estimate
+from varl.demo import Say, Tick, available_cores, commit, threads
+from varl.demo.letters import EVAL_SEED, PLAIN, Results, best, gallery, measure, post_train, row
 from varl.eval.pictures import teacher_forced_metrics
-from varl.eval.words import draw_sample, token_diversity
-from varl.models.classifier import Classifier
 from varl.pretrain.run import pretrain
 from varl.recipes import va_pi
 from varl.report import write_report
-from varl.run import train
-from varl.train.record import METRICS, save_picture
-from varl.types import Prompt
+from varl.train.record import METRICS
 
 COPIES = 342
 """Pictures of each of the twelve letters, for each law: 4104."""
-REFERENCES = 4104
-"""Real pictures that they are compared with: fresh ones of the fonts that were trained on, as FID's reference is of ImageNet's training
-pictures, and as many of held-out fonts."""
-REFERENCE_SEED, EVAL_SEED = 77, 4321
 SHARPER = {"T0.9": LawConfig(temperature=0.9), "T0.8": LawConfig(temperature=0.8), "top_p0.95": LawConfig(top_p=0.95)}
 """Laws other than the plain one, under which the base may already be better."""
-PLAIN = {"T1.0": LawConfig()}
 LAWS = {**PLAIN, **SHARPER}
 TEACHER_FORCED = 384
 """Held-out pictures that are drawn again in their own context."""
-GALLERY = 24
-
-Results = dict[str, dict[str, float]]
-"""What was measured of one model: under each law, and teacher-forced."""
 
 
 def demo(out: Path, seed: int, say: Say, tick: Tick) -> Path:
@@ -84,18 +64,6 @@ def demo(out: Path, seed: int, say: Say, tick: Tick) -> Path:
     return out
 
 
-def post_train(config: RunConfig, out: Path, phase: str, tick: Tick) -> Path | None:
-    """The trained model; None if the run was asked to stop."""
-    with threads(available_cores()):
-        outcome = train(
-            config,
-            out,
-            lambda metrics: tick({**metrics, "phase": phase, "total": config.train.steps}),
-            processes=min(available_cores(), 4),
-        )
-    return outcome.model if outcome.done else None
-
-
 def control_config(cpu_seconds: float, seed: int) -> PretrainConfig:
     """Cross-entropy alone, for as many steps as VA-pi has, or, if it is not 0, for so much CPU time."""
     recipe = dataclasses.replace(va_pi.glyphs_cpu_ce(), seed=seed + 1)
@@ -112,33 +80,8 @@ def evaluate(folder: Path, *, config: RunConfig, cache: Path, laws: Mapping[str,
     if done.exists():
         return json.loads(done.read_text())
     assert isinstance(config.data, GlyphsConfig)
-    judge = model_folder.load_classifier(model_path("bundled:glyphs_judge")).eval()
     policy = new_policy(model_folder.load(folder))
-    letters = [Prompt(text=letter, label=label) for label, letter in enumerate(config.data.letters)]
-    kept, real = cache.parent / "features", {s: glyphs.pictures(config.data, s, REFERENCES, REFERENCE_SEED) for s in ("train", "heldout")}
-    reference, others = (pictures.pixels(pictures.prompts) for pictures in real.values())
-    heldout = moments(extract(open_pictures(others), judge, batch=512, cache=kept)).gaussian()
-    drawn, results = 0, Results()
-
-    def count(rows: int) -> None:
-        nonlocal drawn
-        drawn += rows
-        tick({"phase": f"pictures {cache.name}", "step": drawn, "total": len(laws) * COPIES * len(letters)})
-
-    for name, law in laws.items():
-        sample = draw_sample(policy.under(law), letters, copies=COPIES, seed=EVAL_SEED, batch=256, tick=count)
-        right = named(judge, sample.images, sample.prompts)
-        features = extract(open_pictures(sample.images), judge, batch=512, cache=kept)
-        other = estimate(frechet_replicates(features, heldout, torch.arange(len(features)) % GROUPS))
-        results[name] = {
-            **compare_sets(sample.images, reference, judge, EVAL_SEED, batch=512, cache=kept),
-            "fd_heldout": other.value,
-            "fd_heldout_ci95": other.high - other.value,
-            "accuracy": float(right.float().mean()),
-            "token_diversity": token_diversity(sample.tokens, COPIES),
-        }
-        if name == "T1.0":
-            keep_pictures(cache, sample.images[:: COPIES // 2], sample.prompts[:: COPIES // 2], right[:: COPIES // 2])
+    results = measure(policy, laws, config.data, copies=COPIES, cache=cache, tick=tick)
     held = build_prompts(config.data, 0, TEACHER_FORCED)
     assert held.pictures is not None
     reward = build_judge(config, held.pictures)
@@ -150,36 +93,12 @@ def evaluate(folder: Path, *, config: RunConfig, cache: Path, laws: Mapping[str,
     return results
 
 
-@torch.no_grad()
-def named(judge: Classifier, images: Tensor, prompts: tuple[Prompt, ...]) -> Tensor:
-    """Whether the judge sees in each picture what was asked for."""
-    said = torch.cat([judge.classify(judge(some)).argmax(1) for some in images.split(512)])
-    return said == torch.tensor([prompt.label for prompt in prompts])
-
-
-def keep_pictures(folder: Path, images: Tensor, prompts: tuple[Prompt, ...], right: Tensor) -> None:
-    """Some pictures, and whether the judge knows them."""
-    told = []
-    for place, (image, prompt) in enumerate(list(zip(images, prompts, strict=True))[:GALLERY]):
-        save_picture(folder / f"{place:02d}.png", image)
-        told.append({"text": prompt.text, "found": [], "correct": bool(right[place])})
-    replace_file(folder / "index.json", json.dumps(told).encode())
-
-
-def gallery(out: Path) -> None:
-    """What the report shows side by side."""
-    before, after = copy_gallery(out)
-    rows = [{"text": b["text"], "style": [], "before": b, "after": a} for b, a in zip(before, after, strict=True)]
-    replace_file(out / "gallery" / "index.json", json.dumps(rows).encode())
-
-
-def best(results: Results) -> tuple[str, float]:
-    """The law with the smallest Frechet distance, and that."""
-    name = min((name for name in results if name in LAWS), key=lambda name: results[name]["fd"])
-    return name, results[name]["fd"]
-
-
 SHOWN = ("fd", "fd_heldout", "precision", "recall", "accuracy", "token_diversity", "kid")
+
+
+def fd_best(results: Results) -> tuple[str, float]:
+    """The law with the smallest Frechet distance, and that."""
+    return best(results, lambda metrics: metrics["fd"], LAWS)
 
 
 def summarise(config: RunConfig, trained: Mapping[str, Any], models: Mapping[str, Results]) -> dict[str, Any]:
@@ -189,10 +108,10 @@ def summarise(config: RunConfig, trained: Mapping[str, Any], models: Mapping[str
         "fd_before": before["T1.0"]["fd"],
         "fd_after": after["T1.0"]["fd"],
         "fd_ci95": after["T1.0"]["fd_ci95"],
-        "fd_temperature_control": best(before)[1],
-        "temperature_control": best(before)[0],
-        "fd_after_best_law": best(after)[1],
-        "best_law_after": best(after)[0],
+        "fd_temperature_control": fd_best(before)[1],
+        "temperature_control": fd_best(before)[0],
+        "fd_after_best_law": fd_best(after)[1],
+        "best_law_after": fd_best(after)[0],
         "fd_ce_only": models["ce_only"]["T1.0"]["fd"],
         "fd_ce_only_same_cpu": models["ce_only_same_cpu"]["T1.0"]["fd"],
         "fd_shuffled_reward": models["shuffled_reward"]["T1.0"]["fd"],
@@ -214,18 +133,9 @@ def summarise(config: RunConfig, trained: Mapping[str, Any], models: Mapping[str
         "replay_gap_max": trained["replay_gap_max"],
         "seed": config.seed,
         "commit": commit(),
-        **{side: row(results["T1.0"]) for side, results in models.items()},
+        **{side: row(results["T1.0"], SHOWN) for side, results in models.items()},
         "law_sweep": [{"law": name, **{side: results[name]["fd"] for side, results in models.items() if name in results}} for name in LAWS],
     }
-
-
-def row(metrics: Mapping[str, float]) -> dict[str, Any]:
-    intervals = {
-        f"{name}_interval": [metrics[name] - metrics[f"{name}_ci95"], metrics[name] + metrics[f"{name}_ci95"]]
-        for name in SHOWN
-        if f"{name}_ci95" in metrics
-    }
-    return {**{name: metrics[name] for name in SHOWN}, **intervals}
 
 
 def said(summary: Mapping[str, Any]) -> list[str]:
