@@ -110,6 +110,19 @@ def test_no_class_is_the_learned_vector():
     assert torch.equal(model.condition(torch.tensor([4, 2])), torch.cat([model.fake_latent, model.class_emb.weight[2:3]]))
 
 
+def test_positions_at_another_grid():
+    """Resized between the middles of cells; the buffer's stay, and so does a table for the grid that it was made for."""
+    config = replace(TINY, grid=(1, 2), buffer=1)
+    model = MAR(config, (1, 4))
+    table = torch.tensor([[[7.0], [0.0], [4.0]]])
+    assert model.positions(table).flatten().tolist() == [7.0, 0.0, 1.0, 3.0, 4.0]
+    assert model.positions(table[:, 1:]).flatten().tolist() == [0.0, 1.0, 3.0, 4.0]
+    assert MAR(config).positions(table) is table
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == {n: t.shape for n, t in MAR(config).state_dict().items()}
+    z = model(model.condition(torch.tensor([0])), torch.randn(1, 4, 3), torch.tensor([[3]]))
+    assert (model.tokens, z.shape) == (4, (1, 4, 12))
+
+
 def test_blocks_are_those_of_both_halves():
     model = tiny()
     assert len(model.blocks) == 3

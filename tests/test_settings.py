@@ -30,8 +30,9 @@ from varl.errors import ConfigError
 from varl.recipes import recipe
 from varl.settings import KINDS, diff, from_yaml, override, to_yaml
 
-CLASSES = [cls for cls in vars(configs).values() if dataclasses.is_dataclass(cls) and cls is not configs.JanusConfig]
-"""A Janus's settings are read off its own config.json and never written."""
+READ = (configs.JanusConfig, configs.HarmonConfig)
+"""Their settings are read off their own config.json and never written."""
+CLASSES = [cls for cls in vars(configs).values() if dataclasses.is_dataclass(cls) and cls not in READ]
 
 TINY = NextScaleConfig(
     depth=3,

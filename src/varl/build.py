@@ -28,6 +28,7 @@ from varl.config import (
     FolderConfig,
     GlyphsConfig,
     GRPOConfig,
+    HarmonConfig,
     LawConfig,
     MARConfig,
     MARGRPOConfig,
@@ -51,6 +52,7 @@ from varl.data.token_cache import TokenCache, tokenizer_key
 from varl.data.words import prompts as word_prompts
 from varl.data.words import split, word_list
 from varl.errors import ConfigError, DataError
+from varl.models.harmon import Harmon
 from varl.models.janus import Janus
 from varl.models.mar import MAR
 from varl.models.next_scale import NextScale
@@ -117,11 +119,12 @@ def new_policy(
             return RasterPolicy(
                 model.to(device), tokenizer.to(device), captions=captions, sample_law=sample_law, score_law=score_law, dtype=dtype
             )
-        case (MAR() as model, KL() as tokenizer):
+        case (MAR() | Harmon() as model, KL() as tokenizer):
             return MaskedPolicy(
                 model.to(device),
                 tokenizer.to(device),
                 unmasking=unmasking or UnmaskingConfig(),
+                captions=model.read if isinstance(model, Harmon) else None,
                 sample_law=sample_law,
                 score_law=score_law,
                 dtype=dtype,
@@ -133,7 +136,7 @@ def new_policy(
 
 def require_unmasking(config: ActingConfig, unmasking: UnmaskingConfig | None) -> None:
     """ConfigError where a model that is not masked is told how to unmask."""
-    if unmasking is not None and not isinstance(config, MARConfig):
+    if unmasking is not None and not isinstance(config, MARConfig | HarmonConfig):
         raise ConfigError("unmasking: this model does not choose in which order it draws. Leave it out, or give a masked model.")
 
 

@@ -401,9 +401,44 @@ class JanusConfig:
         return self.grid[0] * stride, self.grid[1] * stride
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HarmonConfig:
+    """What a policy must know of a Harmon (arXiv 2503.21979). Its folder is as its authors keep it, with Qwen2's config in config.json."""
+
+    num_classes: ClassVar[None] = None
+    """It reads captions."""
+    mar: MARConfig
+    """The MAR between whose halves the language model stands. Its classes are not used; its grid is the one that it was trained for."""
+    width: int
+    """Of the language model."""
+    positions: int
+    """Tokens of a caption, a picture and the buffer, at most."""
+    grid: tuple[int, int]
+    """(h, w) in tokens, of the pictures that are drawn."""
+
+    def __post_init__(self) -> None:
+        if min(self.grid) < 1:
+            raise ConfigError(f"model.grid={list(self.grid)}: needs at least 1x1 token. Give (h, w).")
+        if (least := self.grid[0] * self.grid[1] + self.mar.buffer + 1) > self.positions:
+            raise ConfigError(
+                f"model.grid={list(self.grid)}: with {self.mar.buffer} tokens of buffer and a caption it takes {least} positions or more, "
+                f"the language model has {self.positions}. Draw smaller pictures."
+            )
+
+    @property
+    def tokenizer(self) -> KLConfig:
+        return self.mar.tokenizer
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        stride = self.tokenizer.stride
+        return self.grid[0] * stride, self.grid[1] * stride
+
+
 ModelConfig = NextScaleConfig | RasterConfig | MARConfig | NOVAConfig
 """Of a model that VARL can make."""
-ActingConfig = ModelConfig | JanusConfig
+ActingConfig = ModelConfig | JanusConfig | HarmonConfig
 """Of a model that a policy acts with."""
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from varl.build import AnyPolicy, model_path, new_policy, require_unmasking
-from varl.checkpoints import janus
+from varl.checkpoints import harmon, janus
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.folder import load_config
 from varl.config import ActingConfig, LawConfig, NextScaleConfig, OCRConfig, UnmaskingConfig, WordsConfig
@@ -52,7 +52,9 @@ def model_at(name: str) -> Path | None:
 
 def config_of(model: Path) -> ActingConfig:
     """Of a model folder; no weight is loaded."""
-    return janus.without_memory(model)[0].config if janus.is_janus(model) else model_from_yaml(load_config(model))
+    if janus.is_janus(model):
+        return janus.without_memory(model)[0].config
+    return harmon.without_memory(model)[0].config if harmon.is_harmon(model) else model_from_yaml(load_config(model))
 
 
 def usual_device() -> torch.device:

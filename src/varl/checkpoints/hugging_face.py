@@ -2,13 +2,14 @@
 
 import hashlib
 import importlib
+import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from varl.checkpoints.folder import MANIFEST, file_sha256
-from varl.errors import ConfigError
+from varl.errors import CheckpointError, ConfigError
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -37,6 +38,16 @@ def find(name: str, setting: str) -> Path:
     if not any(weights for kind in WEIGHTS for weights in path.glob(kind)):
         raise ConfigError(f"{setting}={name!r}: {path} holds no weights ({', '.join(WEIGHTS)}). {_fetch(name)}")
     return path
+
+
+def told_by(folder: Path) -> dict[str, Any]:
+    """What the folder's config.json holds; nothing, where there is none. CheckpointError for one that cannot be read."""
+    file = folder / "config.json"
+    try:
+        told: Any = json.loads(file.read_bytes()) if file.is_file() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON ({error}). Was the folder copied whole?") from error
+    return told if isinstance(told, dict) else {}
 
 
 def is_hub_name(name: str) -> bool:

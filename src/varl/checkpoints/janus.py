@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from varl.checkpoints.folder import MANIFEST, bytes_of, damage, fill_folder, refuse_strange, seal, shapes_of, strict_load, write_bytes
-from varl.checkpoints.hugging_face import transformers
+from varl.checkpoints.hugging_face import told_by, transformers
 from varl.checkpoints.llamagen import fill_tokenizer, released_names, tokenizer_config
 from varl.config import JanusConfig, VQConfig
 from varl.errors import CheckpointError
@@ -25,12 +25,7 @@ ORIGINAL = "multi_modality"
 
 def is_janus(folder: Path) -> bool:
     """Whether a folder is a Janus of `transformers`. CheckpointError for one in DeepSeek's own format."""
-    file = folder / "config.json"
-    try:
-        told: Any = json.loads(file.read_bytes()) if file.is_file() else {}
-    except ValueError as error:
-        raise CheckpointError(f"{file}: cannot be read as JSON ({error}). Was the folder copied whole?") from error
-    kind = told.get("model_type") if isinstance(told, dict) else None
+    kind = told_by(folder).get("model_type")
     if kind == ORIGINAL:
         raise CheckpointError(
             f"{folder}: is in DeepSeek's own format ({ORIGINAL}), which transformers does not read. Give deepseek-community/Janus-Pro-1B "

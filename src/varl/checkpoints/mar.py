@@ -106,5 +106,9 @@ def tokenizer_config(shapes: Shapes, where: str) -> KLConfig:
 
 def fill_tokenizer(kl: KL, state: Mapping[str, Tensor], where: str) -> None:
     """`kl` with the released autoencoder's `state`. What does not fit is listed under its names."""
-    names = {ours: tuple(ours.replace(".qkv.", f".{part}.") for part in "qkv") if ".qkv." in ours else (ours,) for ours in kl.state_dict()}
-    fill_from_parts(kl, state, names, where)
+    fill_from_parts(kl, state, {ours: released_names(ours) for ours in kl.state_dict()}, where)
+
+
+def released_names(ours: str) -> tuple[str, ...]:
+    """Of one of the autoencoder's tensors: of the released ones that it is put together of."""
+    return tuple(ours.replace(".qkv.", f".{part}.") for part in "qkv") if ".qkv." in ours else (ours,)

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from varl.checkpoints import hugging_face, janus
+from varl.checkpoints import harmon, hugging_face, janus
 from varl.checkpoints.folder import load_config, load_tensors, save_model, strict_load
 from varl.config import MARConfig, ModelConfig, NextScaleConfig, NOVAConfig, RasterConfig
 from varl.errors import ConfigError
 from varl.models.classifier import Classifier
+from varl.models.harmon import Harmon
 from varl.models.janus import Janus
 from varl.models.mar import MAR
 from varl.models.next_scale import NextScale
@@ -24,7 +25,7 @@ from varl.tokenizers.vq import VQ
 
 OwnPair = tuple[NextScale, MultiScaleVQ] | tuple[Raster, VQ] | tuple[MAR, KL] | tuple[NOVA, KL]
 """A model that VARL can make, and the tokenizer that it was trained with."""
-Pair = OwnPair | tuple[Janus, VQ]
+Pair = OwnPair | tuple[Janus, VQ] | tuple[Harmon, KL]
 """A model that a policy acts with, and its tokenizer."""
 
 
@@ -37,17 +38,20 @@ def model_path(name: str) -> Path:
     if not is_model_folder(path):
         raise ConfigError(
             f"model={name!r}: no config.yaml in {path}. Give a model folder (made by `varl pretrain` or `varl convert`), bundled:words, or "
-            "a Janus-Pro from Hugging Face."
+            "a Janus-Pro or a Harmon from Hugging Face."
         )
     return path
 
 
-def save(path: Path | str, model: NextScale | Raster | MAR | NOVA | Janus, tokenizer: nn.Module, notes: Mapping[str, Any]) -> Path:
-    """config.yaml, model.safetensors, tokenizer.safetensors, notes.json, manifest.json; a Janus as `transformers` does, with the last two.
-    Written whole or not at all."""
+def save(path: Path | str, model: NextScale | Raster | MAR | NOVA | Janus | Harmon, tokenizer: nn.Module, notes: Mapping[str, Any]) -> Path:
+    """config.yaml, model.safetensors, tokenizer.safetensors, notes.json, manifest.json; a Janus as `transformers` does and a Harmon as its
+    authors do, with the last two. Written whole or not at all."""
     if isinstance(model, Janus):
         assert isinstance(tokenizer, VQ)
         return janus.save(Path(path), model, tokenizer, notes)
+    if isinstance(model, Harmon):
+        assert isinstance(tokenizer, KL)
+        return harmon.save(Path(path), model, tokenizer, notes)
     return save_model(path, model_to_yaml(model.config), {"model": model.state_dict(), "tokenizer": tokenizer.state_dict()}, notes)
 
 
@@ -60,6 +64,8 @@ def load(path: Path | str) -> Pair:
     """Strict: every key accounted for, every hash checked, the config checked before any weight is read."""
     if janus.is_janus(Path(path)):
         return janus.load(Path(path))
+    if harmon.is_harmon(Path(path)):
+        return harmon.load(Path(path))
     pair = unfilled(model_from_yaml(load_config(path)))
     for module, name in zip(pair, ("model", "tokenizer"), strict=True):
         strict_load(module, load_tensors(path, name), f"{path}/{name}.safetensors")
@@ -75,7 +81,7 @@ def load_classifier(path: Path | str) -> Classifier:
 
 def is_model_folder(path: Path) -> bool:
     """Whether `load` would take it for one."""
-    return (path / "config.yaml").is_file() or janus.is_janus(path)
+    return (path / "config.yaml").is_file() or janus.is_janus(path) or harmon.is_harmon(path)
 
 
 def unfilled(config: ModelConfig) -> OwnPair:

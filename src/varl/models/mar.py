@@ -76,14 +76,17 @@ class Block(nn.Module):
 
 
 class MAR(nn.Module):
-    def __init__(self, config: MARConfig) -> None:
+    def __init__(self, config: MARConfig, grid: tuple[int, int] | None = None) -> None:
+        """`grid` (h, w) of the pictures, where it is not the config's, for which the tables of positions are made: they are resized."""
         super().__init__()
         self.config = config
-        self.tokens = config.grid[0] * config.grid[1]
+        self.grid = grid or config.grid
+        self.tokens = self.grid[0] * self.grid[1]
         """L, of a picture."""
         self.channels = config.tokenizer.channels
         """d, of a token."""
-        width, after, places = config.encoder.width, config.decoder.width, config.buffer + self.tokens
+        learned = config.grid[0] * config.grid[1]
+        width, after, places = config.encoder.width, config.decoder.width, config.buffer + learned
         self.class_emb = nn.Embedding(config.num_classes, width)
         self.fake_latent = nn.Parameter(torch.zeros(1, width))
         self.z_proj, self.z_proj_ln = nn.Linear(self.channels, width), nn.LayerNorm(width, eps=NORM_EPS)
@@ -99,7 +102,7 @@ class MAR(nn.Module):
             Block(config.decoder) for _ in range(config.decoder.depth)
         )
         self.decoder_norm = nn.LayerNorm(after, eps=NORM_EPS)
-        self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, self.tokens, after))
+        self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, learned, after))
         for module in self.modules():  # as released
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -159,7 +162,7 @@ class MAR(nn.Module):
         batch, buffer = len(tokens), self.config.buffer
         read = self.z_proj(tokens.gather(1, known[..., None].expand(-1, -1, tokens.shape[2])))
         x = torch.cat([condition[:, None].expand(-1, buffer, -1).to(read.dtype), read], 1)
-        position = self.encoder_pos_embed_learned[0]
+        position = self.positions(self.encoder_pos_embed_learned)[0]
         x = self.z_proj_ln(x + torch.cat([position[:buffer].expand(batch, -1, -1), position[buffer:][known]], 1))
         for block in self.encoder_blocks:
             x = block(x)
@@ -169,7 +172,16 @@ class MAR(nn.Module):
         x, buffer = self.decoder_embed(encoded), self.config.buffer
         places = self.mask_token.to(x.dtype).expand(len(x), self.tokens, -1)
         places = places.scatter(1, known[..., None].expand(-1, -1, x.shape[2]), x[:, buffer:])
-        x = torch.cat([x[:, :buffer], places], 1) + self.decoder_pos_embed_learned
+        x = torch.cat([x[:, :buffer], places], 1) + self.positions(self.decoder_pos_embed_learned)
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_norm(x)[:, buffer:] + self.diffusion_pos_embed_learned
+        return self.decoder_norm(x)[:, buffer:] + self.positions(self.diffusion_pos_embed_learned)
+
+    def positions(self, table: Float[Tensor, "1 m D"]) -> Float[Tensor, "1 n D"]:
+        """A table of the buffer's places, if it has those, and the picture's, as it is for `grid`: the picture's resized bilinearly."""
+        if self.grid == self.config.grid:
+            return table
+        learned = self.config.grid[0] * self.config.grid[1]
+        buffer, places = table.split([table.shape[1] - learned, learned], 1)
+        maps = places.transpose(1, 2).unflatten(2, self.config.grid)
+        return torch.cat([buffer, F.interpolate(maps, self.grid, mode="bilinear").flatten(2).transpose(1, 2)], 1)

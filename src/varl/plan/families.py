@@ -11,9 +11,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from varl.checkpoints.model import OwnPair, Pair, fresh
-from varl.config import ActingConfig, JanusConfig, MARConfig, ModelConfig, NextScaleConfig, NOVAConfig, RasterConfig
+from varl.config import ActingConfig, HarmonConfig, JanusConfig, MARConfig, ModelConfig, NextScaleConfig, NOVAConfig, RasterConfig
 from varl.errors import ConfigError
 from varl.models.classifier import Classifier
+from varl.models.harmon import Harmon
 from varl.models.janus import Janus
 from varl.models.mar import MAR
 from varl.models.next_scale import NextScale
@@ -199,10 +200,8 @@ def as_family(pair: Pair) -> Family:
             return NextScaleFamily(model, tokenizer)
         case (Raster() | Janus() as model, VQ() as tokenizer):
             return RasterFamily(model, tokenizer)
-        case (MAR(), KL()):
-            raise ConfigError("the model is a MAR, of which nothing can be planned yet. Give another model.")
-        case (NOVA(), KL()):
-            raise ConfigError("the model is a NOVA, of which nothing can be planned yet. Give another model.")
+        case (MAR() | NOVA() | Harmon() as model, KL()):
+            raise ConfigError(f"the model is a {type(model).__name__}, of which nothing can be planned yet. Give another model.")
     assert_never(pair)
 
 
@@ -213,7 +212,7 @@ def require_readable(prompts: Sequence[Prompt], config: ActingConfig) -> None:
             model_ids(prompts, config)
         case RasterConfig(num_classes=int() as classes) | MARConfig(num_classes=classes):
             class_ids(prompts, classes)
-        case RasterConfig() | NOVAConfig() | JanusConfig():
+        case RasterConfig() | NOVAConfig() | JanusConfig() | HarmonConfig():
             require_text(prompts)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar, assert_never
 
 from varl.build import PicturesOf, build_reward, demand_pictures, model_path
-from varl.checkpoints import janus
+from varl.checkpoints import harmon, janus
 from varl.checkpoints.folder import MANIFEST, load_config, read_part
 from varl.checkpoints.model import Pair
 from varl.config import (
@@ -66,11 +66,12 @@ def attempt(problems: list[str], fn: Callable[P, T], *args: P.args, **kwargs: P.
 def pair_of(name: str) -> Pair:
     """The model and its tokenizer, on the meta device."""
     path = model_path(name)
-    if not janus.is_janus(path):
+    theirs = janus if janus.is_janus(path) else harmon if harmon.is_harmon(path) else None
+    if theirs is None:
         return without_memory(config_of(name))
     if (path / MANIFEST).is_file():
         require_whole(name, path)
-    return janus.without_memory(path)
+    return theirs.without_memory(path)
 
 
 def config_of(name: str) -> ModelConfig:

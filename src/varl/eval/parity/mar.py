@@ -1,6 +1,7 @@
 """MAR's cases: autoencoder, transformer with diffusion head."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -22,6 +23,7 @@ from varl.errors import ConfigError
 from varl.eval.parity.case import Case
 from varl.models.diffusion_head import (
     STEPS,
+    DiffusionHead,
     Process,
     drawn,
     evenly,
@@ -34,6 +36,7 @@ from varl.models.diffusion_head import (
     sinusoid,
     variance_loss,
 )
+from varl.models.harmon import Harmon
 from varl.models.mar import MAR, known, masked
 from varl.tokenizers.kl import KL
 
@@ -106,15 +109,15 @@ def _transformer(case: Case) -> dict[str, Tensor]:
         "decoder_allmasked": model(condition, torch.zeros_like(tokens), seen[:, :0]),
         "time_embedding": sinusoid(given["t"]),
         "net": model.head(given["x_t"], given["t"], given["cond"]),
-        "net_cfg": _output(model, given["x_t"], given["t"], given["cond"], 2.5),
+        "net_cfg": _output(model.head, given["x_t"], given["t"], given["cond"], 2.5),
         **_tables("train_diffusion", full),
         **_tables("gen_diffusion", _process(config["num_sampling_steps"])),
         **_losses(case, model, full, z, tokens, missing),
         **_steps(case, model),
     }
     for number, settings in enumerate(config["runs"]):
-        generated = _generated(model, given["labels"], settings, config["num_sampling_steps"], case.draws(f"gen{number}"))
-        results |= {f"gen{number}{name}": tensor for name, tensor in generated.items()}
+        found = _generated(model, given["labels"], settings, config["num_sampling_steps"], case.draws(f"gen{number}"))
+        results |= {f"gen{number}{name}": tensor for name, tensor in found.items()}
     return results
 
 
@@ -137,13 +140,13 @@ def _tables(name: str, process: Process) -> dict[str, Tensor]:
 
 
 def _output(
-    model: MAR, x: Float[Tensor, "n C"], timesteps: Int[Tensor, " n"], z: Float[Tensor, "n D"], cfg: float
+    head: DiffusionHead, x: Float[Tensor, "n C"], timesteps: Int[Tensor, " n"], z: Float[Tensor, "n D"], cfg: float
 ) -> Float[Tensor, "n out"]:
     """Of the network; guided unless cfg is 1. Then the second half of z stands for no class, the second half of x is not read, and both
     halves have the guided eps."""
     if cfg == 1.0:
-        return model.head(x, timesteps, z)
-    cond, uncond = model.head(x[: len(x) // 2].repeat(2, 1), timesteps, z).chunk(2)
+        return head(x, timesteps, z)
+    cond, uncond = head(x[: len(x) // 2].repeat(2, 1), timesteps, z).chunk(2)
     both = guided(cond, uncond, cfg)
     return torch.cat([both, torch.cat([both.chunk(2, 1)[0], uncond.chunk(2, 1)[1]], 1)])
 
@@ -151,24 +154,37 @@ def _output(
 def _losses(
     case: Case, model: MAR, full: Process, z: Float[Tensor, "B L D"], tokens: Float[Tensor, "B L C"], missing: Bool[Tensor, "B L"]
 ) -> dict[str, Tensor]:
-    given, repeat, draws = case.part("in."), case.config["batch_mul"], case.draws("forward_loss")
-
-    def losses(x_0: Tensor, t: Tensor, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        x_t = noised(full, x_0, noise, t)
-        out = model.head(x_t, t, z)
-        return noise_loss(out, noise), variance_loss(full, out, x_0, x_t, t)
-
-    mse, vb = losses(given["x_0"], given["t_loss"], given["cond"], given["noise"])
-    t, noise = next(draws), next(draws)
-    again, bound = losses(tokens.repeat(repeat, 1, 1).flatten(0, 1), t, z.repeat(repeat, 1, 1).flatten(0, 1), noise)
-    weight = missing.repeat(repeat, 1).flatten().float()
+    given = case.part("in.")
+    mse, vb = _terms(model.head, full, given["x_0"], given["t_loss"], given["cond"], given["noise"])
     return {
         "q_sample": noised(full, given["x_0"], given["noise"], given["t_loss"]),
         "loss_terms_mse": mse,
         "loss_terms_vb": vb,
         "loss_terms_loss": mse + vb,
-        "forward_loss": ((again + bound) * weight).sum() / weight.sum(),
+        "forward_loss": loss(model.head, z, tokens, missing, case.config["batch_mul"], case.draws("forward_loss")),
     }
+
+
+def loss(
+    head: DiffusionHead,
+    z: Float[Tensor, "B L D"],
+    tokens: Float[Tensor, "B L C"],
+    missing: Bool[Tensor, "B L"],
+    repeat: int,
+    draws: Iterator[Tensor],
+) -> Float[Tensor, ""]:
+    """What MAR is trained on: mean over the missing tokens, each noised `repeat` times."""
+    full, t, noise = respaced(range(STEPS)), next(draws), next(draws)
+    x_0, z = tokens.repeat(repeat, 1, 1).flatten(0, 1), z.repeat(repeat, 1, 1).flatten(0, 1)
+    mse, vb = _terms(head, full, x_0, t, z, noise)
+    weight = missing.repeat(repeat, 1).flatten().float()
+    return ((mse + vb) * weight).sum() / weight.sum()
+
+
+def _terms(head: DiffusionHead, full: Process, x_0: Tensor, t: Tensor, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    x_t = noised(full, x_0, noise, t)
+    out = head(x_t, t, z)
+    return noise_loss(out, noise), variance_loss(full, out, x_0, x_t, t)
 
 
 def _steps(case: Case, model: MAR) -> dict[str, Tensor]:
@@ -183,10 +199,10 @@ def _steps(case: Case, model: MAR) -> dict[str, Tensor]:
         results |= {**_tables(name, process), f"{name}_mean": mean / scale[:, None, None], f"{name}_mean_scale": scale}
         results |= {f"{name}_logvar": log_variance}
     process, z = _process(config["num_sampling_steps"]), given["cond"]
-    plain, _, _ = _chain(model, process, z, case.draws("loop"))
-    both, _, _ = _chain(model, process, z, case.draws("loop_cfg"), cfg=3.0, temperature=0.9)
-    path, density, std = _chain(model, process, z, case.draws("logp"), temperature=0.8)
-    long, _, _ = _chain(model, _process("100"), z, case.draws("loop100"))
+    plain, _, _ = _chain(model.head, process, z, case.draws("loop"))
+    both, _, _ = _chain(model.head, process, z, case.draws("loop_cfg"), cfg=3.0, temperature=0.9)
+    path, density, std = _chain(model.head, process, z, case.draws("logp"), temperature=0.8)
+    long, _, _ = _chain(model.head, _process("100"), z, case.draws("loop100"))
     return results | {
         "loop": plain[-1],
         "loop_trajectory": plain,
@@ -200,7 +216,7 @@ def _steps(case: Case, model: MAR) -> dict[str, Tensor]:
 
 
 def _chain(
-    model: MAR, process: Process, z: Float[Tensor, "n D"], draws: Iterator[Tensor], cfg: float = 1.0, temperature: float = 1.0
+    head: DiffusionHead, process: Process, z: Float[Tensor, "n D"], draws: Iterator[Tensor], cfg: float = 1.0, temperature: float = 1.0
 ) -> tuple[Float[Tensor, "N n C"], Float[Tensor, "N n C"], Float[Tensor, "N n C"]]:
     """x after every step, its log-density and standard deviation, from the last step to the first. Guided, both halves go on from the same
     beginning, each with noise of its own, as the authors' do. At the first step noise is drawn, and not added."""
@@ -209,7 +225,7 @@ def _chain(
     path, density, std = [], [], []
     for index in reversed(range(len(process))):
         t = torch.full((len(x),), index)
-        mean, log_variance = reverse_step(process, _output(model, x, process.timesteps[t], z, cfg), x, t)
+        mean, log_variance = reverse_step(process, _output(head, x, process.timesteps[t], z, cfg), x, t)
         noise = next(draws)
         x = drawn(mean, log_variance, noise, temperature) if index else mean
         path.append(x)
@@ -218,33 +234,56 @@ def _chain(
     return torch.stack(path), torch.stack(density), torch.stack(std)
 
 
-def _generated(
-    model: MAR, labels: Int[Tensor, " B"], settings: Mapping[str, Any], denoising: str, draws: Iterator[Tensor]
-) -> dict[str, Tensor]:
-    """Token sets along recorded orders; of the two halves of a guided chain, the first is the picture's."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generated:
+    """Pictures that were drawn, and what was on the way, at each of n steps."""
+
+    tokens: Float[Tensor, "B L C"]
+    missing: Bool[Tensor, "n B L"]
+    """Before the step."""
+    z: Float[Tensor, "n B L D"]
+    scales: tuple[float, ...]
+
+
+def generated(
+    model: MAR | Harmon,
+    condition: Any,
+    nothing: Any,
+    order: Int[Tensor, "B L"],
+    settings: Mapping[str, Any],
+    denoising: str,
+    draws: Iterator[Tensor],
+) -> Generated:
+    """Token sets along a recorded order; of the two halves of a guided chain, the first is the picture's."""
     count, steps, process = model.tokens, settings["num_iter"], _process(denoising)
     ramp = mar_guidance(settings["cfg"], count, steps)
     scales = ramp if settings["cfg_schedule"] == "linear" else (settings["cfg"],) * steps
-    order = torch.stack([next(draws) for _ in labels])
-    condition = model.condition(labels)
-    nothing = model.condition(torch.full_like(labels, model.config.num_classes))
-    tokens = torch.zeros(len(labels), count, model.config.tokenizer.channels)
+    tokens = torch.zeros(len(order), count, model.config.tokenizer.channels)
     missing, masks, latents = masked(order, count), [], []
     for cfg, settled in zip(scales, accumulate(settled_counts(count, steps)), strict=True):
-        masks.append(missing.float())
+        masks.append(missing)
         seen, after = known(missing), masked(order, count - settled)
         latents.append(model(condition, tokens, seen))
         now = missing & ~after
         z = latents[-1][now]
         if settings["cfg"] != 1.0:
             z = torch.cat([z, model(nothing, tokens, seen)[now]])
-        path, _, _ = _chain(model, process, z, draws, cfg, settings["temperature"])
+        path, _, _ = _chain(model.head, process, z, draws, cfg, settings["temperature"])
         tokens[now] = path[-1][: int(now.sum())]
         missing = after
-    kl = KL(model.config.tokenizer)
+    return Generated(tokens=tokens, missing=torch.stack(masks), z=torch.stack(latents), scales=tuple(scales))
+
+
+def _generated(
+    model: MAR, labels: Int[Tensor, " B"], settings: Mapping[str, Any], denoising: str, draws: Iterator[Tensor]
+) -> dict[str, Tensor]:
+    order = torch.stack([next(draws) for _ in labels])
+    condition = model.condition(labels)
+    nothing = model.condition(torch.full_like(labels, model.config.num_classes))
+    found = generated(model, condition, nothing, order, settings, denoising, draws)
     return {
-        "": kl.maps(tokens, model.config.grid),
-        "_masks": torch.stack(masks),
-        "_z": torch.stack(latents),
-        "_cfg": torch.tensor(scales),
+        "": KL(model.config.tokenizer).maps(found.tokens, model.config.grid),
+        "_masks": found.missing.float(),
+        "_z": found.z,
+        "_cfg": torch.tensor(found.scales),
     }
