@@ -14,7 +14,7 @@ from torch import Tensor
 
 from varl.checkpoints.folder import Shapes
 from varl.errors import CheckpointError
-from varl.eval.parity import janus, llamagen, mar, nova, var
+from varl.eval.parity import infinity, janus, llamagen, mar, nova, var
 from varl.eval.parity.case import Case, load_case, read_info
 
 Verdict = Literal["agrees", "FAILS", "not supported yet"]
@@ -49,6 +49,7 @@ FAMILIES: dict[str, Family] = {
     "llamagen": Family(results=llamagen.results, fit=llamagen.fit),
     "janus": Family(results=janus.results, fit=janus.fit),
     "mar": Family(results=mar.results, fit=mar.fit),
+    "infinity": Family(results=infinity.results, fit=infinity.fit),
     "nova": Family(results=nova.results, fit=nova.fit),
 }
 """The families that can be checked, by the JSON's `model`, of which a key list's begins so."""

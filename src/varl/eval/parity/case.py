@@ -49,6 +49,17 @@ def load_case(root: Path, file: Path, info: dict[str, Any]) -> Case:
     return Case(root=root, file=file, info=info, tensors=read_tensors(file.with_suffix(".safetensors")))
 
 
+def tokenizer_case(case: Case) -> Case:
+    """The case that holds the tokenizer's weights."""
+    name = case.info["state_dict"].get("also_needs_weights_of") or case.config["vae"]
+    places = [case.root / name, case.file.parent / name, case.file.parent / Path(name).name, case.root.parent / name]
+    for place in places:
+        file = place.with_name(f"{place.name}.json")
+        if file.is_file():
+            return load_case(case.root, file, read_info(file))
+    raise CheckpointError(f"{case.file}: it needs the weights of {name}, which lie at none of {', '.join(map(str, places))}.")
+
+
 def exponential_draw(logp: Float[Tensor, "*B V"], exponential: Tensor) -> Int[Tensor, "*B"]:
     """argmax p / q with q ~ Exp(1), which is how torch.multinomial draws."""
     return (logp.exp() / exponential.view_as(logp)).argmax(-1)

@@ -1,7 +1,6 @@
 """VAR's cases: tokenizer and transformer."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from varl.config import (
     var_guidance,
 )
 from varl.errors import CheckpointError, ConfigError
-from varl.eval.parity.case import Case, exponential_draw, load_case, read_info
+from varl.eval.parity.case import Case, exponential_draw, tokenizer_case
 from varl.models.next_scale import NextScale
 from varl.policies.next_scale import NextScalePolicy
 from varl.policies.sampling import guide, token_law, token_scores
@@ -101,7 +100,7 @@ def _transformer(case: Case) -> dict[str, Tensor]:
     config, given = case.config, case.part("in.")
     if config.get("norm_eps", 1e-6) != 1e-6:
         raise ConfigError(f"{case.file}: norm_eps={config['norm_eps']}; every released VAR has 1e-6, and so has ours.")
-    owner = _tokenizer_case(case)
+    owner = tokenizer_case(case)
     vq = _vq(owner, _grids(config if "patch_nums" in config else owner.config))
     model = NextScale(
         NextScaleConfig(
@@ -130,17 +129,6 @@ def _transformer(case: Case) -> dict[str, Tensor]:
         smooth = _smooth(model, vq, given["labels"], config["smooth"], case.draws("smooth"))
         results |= {f"smooth_{name}": tensor for name, tensor in smooth.items()}
     return results
-
-
-def _tokenizer_case(case: Case) -> Case:
-    """The case that holds the tokenizer's weights."""
-    name = case.info["state_dict"].get("also_needs_weights_of") or case.config["vae"]
-    places = [case.root / name, case.file.parent / name, case.file.parent / Path(name).name, case.root.parent / name]
-    for place in places:
-        file = place.with_name(f"{place.name}.json")
-        if file.is_file():
-            return load_case(case.root, file, read_info(file))
-    raise CheckpointError(f"{case.file}: it needs the weights of {name}, which lie at none of {', '.join(map(str, places))}.")
 
 
 def _teacher_forced(model: NextScale, vq: MultiScaleVQ, labels: Int[Tensor, " B"], ids: Int[Tensor, "B L"]) -> dict[str, Tensor]:
