@@ -195,7 +195,7 @@ class BSQConfig:
     """Cells per token and side (the 8B model's spatial patchify): a token is the bits of cells x cells neighbours."""
 
     def __post_init__(self) -> None:
-        if min(self.channels, self.width, self.blocks, self.patch, self.cells, *self.multipliers) < 1 or not self.multipliers:
+        if not self.multipliers or min(self.channels, self.width, self.blocks, self.patch, self.cells, *self.multipliers) < 1:
             raise ConfigError("tokenizer: channels, width, multipliers, blocks, patch and cells must be 1 or more each.")
 
     @property

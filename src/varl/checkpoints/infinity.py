@@ -99,17 +99,18 @@ def transformer_config(
         )
     tokens, features = shapes["cfg_uncond"]
     chunks = count(shapes, r"block_chunks\.(\d+)\.")
-    return InfinityConfig(
+    config = InfinityConfig(
         depth=chunks * count(shapes, r"block_chunks\.0\.module\.(\d+)\."),
         width=width,
         heads=max(shapes[f"{first}.sa.scale_mul_1H11"]),
         chunks=chunks,
-        mlp_width=shapes[f"{first}.ffn.fc1.weight"][0],
         grids=grids,
         reach=infinity_grids("1M", ratio)[-1],
         captions=CaptionConfig(tokens=tokens, width=features, lowercase=False),
         tokenizer=replace(tokenizer, cells=cells),
     )
+    hidden = shapes[f"{first}.ffn.fc1.weight"][0]
+    return config if config.hidden == hidden else replace(config, mlp_width=hidden)
 
 
 def tokenizer_config(shapes: Shapes, where: str) -> BSQConfig:
