@@ -146,7 +146,7 @@ def _transformer(case: Case) -> dict[str, Tensor]:
 
 
 def _teacher_forced(
-    model: Infinity, captions: Sequence[Float[Tensor, "n C"]], inputs: Float[Tensor, "B m d"], bits: Int[Tensor, "B L d"]
+    model: Infinity, captions: Sequence[Float[Tensor, "_ C"]], inputs: Float[Tensor, "B m d"], bits: Int[Tensor, "B L d"]
 ) -> dict[str, Tensor]:
     hidden: list[Tensor] = []
     hooks = [model.blocks[i].register_forward_hook(lambda *call: hidden.append(call[-1])) for i in (0, -1)]
