@@ -13,13 +13,16 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel, T5ForConditionalGeneration
 
-from varl.build import new_policy
+from tiny_infinity import SQUARE
+from varl.build import caption_encoder, new_policy
+from varl.checkpoints import model as model_folder
 from varl.checkpoints.hugging_face import find, identity
 from varl.checkpoints.model import fresh
 from varl.checkpoints.t5 import load_t5
 from varl.config import CaptionConfig, RasterConfig, VQConfig
 from varl.data.caption_cache import CaptionCache
 from varl.errors import CheckpointError, ConfigError, DataError
+from varl.policies.infinity import InfinityPolicy
 from varl.rng import Stream
 from varl.types import Prompt
 
@@ -29,12 +32,12 @@ MODEL = RasterConfig(depth=1, width=16, heads=2, grid=(2, 3), captions=CaptionCo
 CPU = torch.device("cpu")
 
 
-def save_t5(folder: Path, *, decoder: bool = True, seed: int = 0) -> Path:
-    """A T5 of 8 channels with a tokenizer of nine whole words that ends each caption."""
+def save_t5(folder: Path, *, decoder: bool = True, seed: int = 0, width: int = 8) -> Path:
+    """A T5 with a tokenizer of nine whole words that ends each caption."""
     torch.manual_seed(seed)
     config = T5Config(
         vocab_size=len(WORDS),
-        d_model=8,
+        d_model=width,
         d_kv=4,
         d_ff=16,
         num_layers=2,
@@ -209,6 +212,30 @@ def test_a_model_folder_with_captions_draws(tmp_path, folder, monkeypatch):
     assert len(list((tmp_path / "varl" / "captions").glob("*/*.safetensors"))) == 2
     with pytest.raises(DataError, match="'a red cube on a ball' has 7 tokens, the model takes 1 to 5"):
         policy.rollout([Prompt(text="a red cube on a ball")], Stream(seed=0, rows=(0,)))
+
+
+def test_captions_are_lower_cased_for_models_that_were_trained_so(tmp_path, folder):
+    low, cased = load_t5(folder, CPU, torch.float32), load_t5(folder, CPU, torch.float32, lowercase=False)
+    assert torch.equal(cased("a  red\ncube"), low("A red CUBE"))
+    unknown = cased("A red CUBE")
+    assert unknown.shape == low("A red CUBE").shape
+    assert torch.equal(unknown, cased("On red Ball")), "words that it does not know"
+    assert not torch.equal(unknown, low("A red CUBE"))
+
+
+def test_an_infinity_draws_and_tells_cases_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    encoder = str(save_t5(tmp_path / "t5", width=128))
+    pair = fresh(replace(SQUARE, captions=replace(SQUARE.captions, encoder=encoder)))
+    policy = new_policy(model_folder.load(model_folder.save(tmp_path / "model", *pair, {})))
+    assert isinstance(policy, InfinityPolicy)
+    rollout = policy.rollout([Prompt(text="a red cube"), Prompt(text="A red cube"), Prompt()], Stream(seed=0, rows=(0, 1, 2)))
+    torch.testing.assert_close(policy.score(rollout).logp, rollout.logp, rtol=0, atol=1e-5)
+    small, large = policy.captions(["a red cube", "A red cube"])
+    assert small.shape == large.shape == (4, 128)
+    assert not torch.equal(small, large)
+    lower = caption_encoder(replace(pair[0].config.captions, lowercase=True), CPU)
+    assert lower.folder != caption_encoder(pair[0].config.captions, CPU).folder
 
 
 def test_an_encoder_that_is_missing_or_of_another_width(tmp_path, folder, monkeypatch):

@@ -53,11 +53,13 @@ from varl.data.words import prompts as word_prompts
 from varl.data.words import split, word_list
 from varl.errors import ConfigError, DataError
 from varl.models.harmon import Harmon
+from varl.models.infinity import Infinity
 from varl.models.janus import Janus
 from varl.models.mar import MAR
 from varl.models.next_scale import NextScale
 from varl.models.nova import NOVA
 from varl.models.raster import Raster
+from varl.policies.infinity import InfinityPolicy
 from varl.policies.masked import MaskedPolicy
 from varl.policies.next_scale import NextScalePolicy
 from varl.policies.raster import RasterPolicy
@@ -68,12 +70,13 @@ from varl.rewards.ocr_reward import OCRReward
 from varl.rewards.reconstruction import ReconstructionReward
 from varl.rewards.toy import load_callable
 from varl.settings import to_yaml
+from varl.tokenizers.bsq import BSQ
 from varl.tokenizers.kl import KL
 from varl.tokenizers.multiscale_vq import MultiScaleVQ
 from varl.tokenizers.vq import VQ
 from varl.types import Algorithm, BranchingPolicy, Policy, Prompt, RedrawingPolicy, RewardFn, TeacherForcedPolicy
 
-AnyPolicy = NextScalePolicy | RasterPolicy | MaskedPolicy
+AnyPolicy = NextScalePolicy | InfinityPolicy | RasterPolicy | MaskedPolicy
 """Of any family."""
 PicturesOf = Callable[[Sequence[Prompt]], Tensor]
 """The real pictures of prompts, [P, 3, H, W] in [0, 1]."""
@@ -112,6 +115,11 @@ def new_policy(
     match pair:
         case (NextScale() as model, MultiScaleVQ() as tokenizer):
             return NextScalePolicy(model.to(device), tokenizer.to(device), sample_law=sample_law, score_law=score_law, dtype=dtype)
+        case (Infinity() as model, BSQ() as tokenizer):
+            captions = caption_encoder(model.config.captions, device or torch.device("cpu"))
+            return InfinityPolicy(
+                model.to(device), tokenizer.to(device), captions=captions, sample_law=sample_law, score_law=score_law, dtype=dtype
+            )
         case (Janus() as model, VQ() as tokenizer):
             return RasterPolicy(model.to(device), tokenizer.to(device), sample_law=sample_law, score_law=score_law, dtype=dtype)
         case (Raster() as model, VQ() as tokenizer):
@@ -143,13 +151,13 @@ def require_unmasking(config: ActingConfig, unmasking: UnmaskingConfig | None) -
 def caption_encoder(config: CaptionConfig, device: torch.device) -> CaptionCache:
     """Features of captions, remembered in the user's cache folder ($XDG_CACHE_HOME, else ~/.cache). Where the encoder lies is found now; it
     is loaded when a caption is asked for whose features are not there. It computes in bf16 on CUDA, in fp32 on the CPU; the two are kept
-    apart."""
+    apart, and so are captions that are lower-cased and those that are not."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     folder = hugging_face.find(config.encoder, "captions.encoder")
     return CaptionCache(
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "varl" / "captions",
-        encoder=lambda: f"{hugging_face.identity(folder)} {dtype}",
-        load=partial(load_t5, folder, device, dtype),
+        encoder=lambda: f"{hugging_face.identity(folder)} {dtype}{'' if config.lowercase else ' cased'}",
+        load=partial(load_t5, folder, device, dtype, config.lowercase),
     )
 
 

@@ -666,16 +666,18 @@ def demo(
 
 @app.command()
 def convert(
-    transformer: Annotated[Path, typer.Argument(metavar="TRANSFORMER", help="Weights of VAR, LlamaGen, MAR or NOVA, released or a run's.")],
+    transformer: Annotated[
+        Path, typer.Argument(metavar="TRANSFORMER", help="Weights of VAR, Infinity, LlamaGen, MAR or NOVA, released or a run's.")
+    ],
     tokenizer: Annotated[Path, typer.Argument(metavar="TOKENIZER", help="The tokenizer it was trained with; NOVA's whole folder.")],
     out: Annotated[Path, typer.Option("--out", help="The model folder.")],
     image_size: Annotated[
-        int | None, typer.Option(help="Pixels to a side of the pictures LlamaGen was trained on: no weight tells.")
+        int | None, typer.Option(help="Pixels to a side of the pictures LlamaGen was trained on, or Infinity shall draw: no weight tells.")
     ] = None,
     heads: Annotated[
         int | None, typer.Option(min=1, help="Attention heads of a LlamaGen, MAR or NOVA that is of no released size.")
     ] = None,
-    ema: Annotated[bool, typer.Option("--ema", help="The averaged weights of a LlamaGen training run's files.")] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="The averaged weights of a LlamaGen or Infinity training run's files.")] = False,
 ) -> None:
     """Released weights as a model folder. Whose they are is told from their names."""
     from varl.checkpoints import model as model_folder

@@ -9,21 +9,24 @@ from torch import nn
 
 from varl.checkpoints import harmon, hugging_face, janus
 from varl.checkpoints.folder import load_config, load_tensors, save_model, strict_load
-from varl.config import MARConfig, ModelConfig, NextScaleConfig, NOVAConfig, RasterConfig
+from varl.config import InfinityConfig, MARConfig, ModelConfig, NextScaleConfig, NOVAConfig, RasterConfig
 from varl.errors import ConfigError
 from varl.models.classifier import Classifier
 from varl.models.harmon import Harmon
+from varl.models.infinity import Infinity
 from varl.models.janus import Janus
 from varl.models.mar import MAR
 from varl.models.next_scale import NextScale
 from varl.models.nova import NOVA
 from varl.models.raster import Raster
 from varl.settings import classifier_from_yaml, model_from_yaml, model_to_yaml
+from varl.tokenizers.bsq import BSQ
 from varl.tokenizers.kl import KL
 from varl.tokenizers.multiscale_vq import MultiScaleVQ
 from varl.tokenizers.vq import VQ
 
-OwnPair = tuple[NextScale, MultiScaleVQ] | tuple[Raster, VQ] | tuple[MAR, KL] | tuple[NOVA, KL]
+OwnModel = NextScale | Infinity | Raster | MAR | NOVA
+OwnPair = tuple[NextScale, MultiScaleVQ] | tuple[Infinity, BSQ] | tuple[Raster, VQ] | tuple[MAR, KL] | tuple[NOVA, KL]
 """A model that VARL can make, and the tokenizer that it was trained with."""
 Pair = OwnPair | tuple[Janus, VQ] | tuple[Harmon, KL]
 """A model that a policy acts with, and its tokenizer."""
@@ -43,7 +46,7 @@ def model_path(name: str) -> Path:
     return path
 
 
-def save(path: Path | str, model: NextScale | Raster | MAR | NOVA | Janus | Harmon, tokenizer: nn.Module, notes: Mapping[str, Any]) -> Path:
+def save(path: Path | str, model: OwnModel | Janus | Harmon, tokenizer: nn.Module, notes: Mapping[str, Any]) -> Path:
     """config.yaml, model.safetensors, tokenizer.safetensors, notes.json, manifest.json; a Janus as `transformers` does and a Harmon as its
     authors do, with the last two. Written whole or not at all."""
     if isinstance(model, Janus):
@@ -89,6 +92,8 @@ def unfilled(config: ModelConfig) -> OwnPair:
     match config:
         case NextScaleConfig():
             return NextScale.unfilled(config), MultiScaleVQ(config.tokenizer, config.grids)
+        case InfinityConfig():
+            return Infinity.unfilled(config), BSQ(config.tokenizer, config.grids)
         case RasterConfig():
             return Raster.unfilled(config), VQ(config.tokenizer)
         case MARConfig():
@@ -102,6 +107,8 @@ def fresh(config: ModelConfig) -> OwnPair:
     match config:
         case NextScaleConfig():
             return NextScale(config), MultiScaleVQ(config.tokenizer, config.grids)
+        case InfinityConfig():
+            return Infinity(config), BSQ(config.tokenizer, config.grids)
         case RasterConfig():
             return Raster(config), VQ(config.tokenizer)
         case MARConfig():

@@ -10,8 +10,8 @@ from varl.errors import CheckpointError
 from varl.tokenizers.t5 import T5
 
 
-def load_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5:
-    """The encoder in `folder`, in `dtype` on `device`. Every weight of the encoder must be there."""
+def load_t5(folder: Path, device: torch.device, dtype: torch.dtype, lowercase: bool = True) -> T5:
+    """The encoder in `folder`, in `dtype` on `device`, which lower-cases captions if `lowercase`. All its weights must be there."""
     t5 = transformers()
     try:
         kind = t5.AutoConfig.from_pretrained(folder, local_files_only=True).model_type
@@ -23,4 +23,4 @@ def load_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5:
         raise CheckpointError(f"{folder}: cannot be read as a T5 encoder ({error}). Is it one, and was it copied whole?") from error
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"{folder}: lacks {len(missing)} weights of a T5 encoder, `{missing[0]}` first. Copy it again.")
-    return T5(model.to(device), tokenizer)
+    return T5(model.to(device), tokenizer, lowercase=lowercase)

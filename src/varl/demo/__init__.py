@@ -1,4 +1,5 @@
-"""`make demo`, `make demo-va-pi`, `make demo-mar-grpo`: a small bundled model, post-trained and measured before, after, and against its controls.
+"""`make demo`, `make demo-va-pi`, `make demo-mar-grpo`: a bundled model, post-trained and measured before, after, and against its
+controls.
 
 Every part leaves its result in the run directory, so that the same command goes on wherever it was interrupted."""
 

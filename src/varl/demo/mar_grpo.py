@@ -7,6 +7,7 @@ import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def variation(values: Sequence[float]) -> float:
 
 def roughness(curve: Sequence[float]) -> float:
     """The way that a curve goes up and down, over the distance from its least to its greatest value: 1 for one that only rises."""
-    return sum(abs(b - a) for a, b in zip(curve, curve[1:], strict=False)) / (max(curve) - min(curve))
+    return sum(abs(b - a) for a, b in pairwise(curve)) / (max(curve) - min(curve))
 
 
 SHOWN = ("reward", "reward_accuracy", "accuracy", "fd", "precision", "recall", "token_diversity")

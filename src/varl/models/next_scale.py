@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from varl.config import NextScaleConfig, TextConfig
-from varl.models.layers import KVCache
+from varl.models.layers import KVCache, rotate
 
 NORM_EPS = 1e-6
 MAX_LOG_SCALE = 4.605170185988092  # log 100
@@ -50,7 +50,8 @@ class Condition:
 
 class SelfAttention(nn.Module):
     """Heads compare by cosine with a learned temperature (attn_l2_norm); scale t sees scales <= t, in one call per scale, so no [L, L]
-    mask exists and the training pass computes what the cached decode computed."""
+    mask exists and the training pass computes what the cached decode computed. Where positions turn queries and keys (Infinity's), `turns`
+    says how."""
 
     def __init__(self, width: int, heads: int, l2_norm: bool) -> None:
         super().__init__()
@@ -62,17 +63,21 @@ class SelfAttention(nn.Module):
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
-    def qkv(self, x: Float[Tensor, "B l D"]) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Float[Tensor, "B l D"], turns: Float[Tensor, "l pairs 2"] | None) -> tuple[Tensor, Tensor, Tensor]:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         q, k, v = F.linear(x, self.mat_qkv.weight, bias).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         if self.l2_norm:
             q = F.normalize(q, dim=-1) * self.scale_mul_1H11.clamp(max=MAX_LOG_SCALE).exp()
             k = F.normalize(k, dim=-1)
+        if turns is not None:
+            q, k = rotate(q, turns), rotate(k, turns)
         return q.type_as(v), k.type_as(v), v
 
-    def forward(self, x: Float[Tensor, "B l D"], ends: Sequence[int]) -> Float[Tensor, "B l D"]:
+    def forward(
+        self, x: Float[Tensor, "B l D"], ends: Sequence[int], turns: Float[Tensor, "l pairs 2"] | None = None
+    ) -> Float[Tensor, "B l D"]:
         """Teacher-forced over the scales that end at `ends`."""
-        q, k, v = self.qkv(x)
+        q, k, v = self.qkv(x, turns)
         starts = [0, *ends[:-1]]
         parts = [
             F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, :b], v[:, :, :b], scale=self.scale)
@@ -80,9 +85,11 @@ class SelfAttention(nn.Module):
         ]
         return self.proj(torch.cat(parts, 2).transpose(1, 2).flatten(2))
 
-    def step(self, x: Float[Tensor, "B n D"], cache: KVCache, block: int) -> Float[Tensor, "B n D"]:
+    def step(
+        self, x: Float[Tensor, "B n D"], cache: KVCache, block: int, turns: Float[Tensor, "n pairs 2"] | None = None
+    ) -> Float[Tensor, "B n D"]:
         """The tokens of one scale, after those in the cache."""
-        q, k, v = self.qkv(x)
+        q, k, v = self.qkv(x, turns)
         keys, values = cache.write(block, k, v)
         out = F.scaled_dot_product_attention(q, keys, values, scale=self.scale)
         return self.proj(out.transpose(1, 2).flatten(2))

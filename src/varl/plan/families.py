@@ -11,10 +11,21 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from varl.checkpoints.model import OwnPair, Pair, fresh
-from varl.config import ActingConfig, HarmonConfig, JanusConfig, MARConfig, ModelConfig, NextScaleConfig, NOVAConfig, RasterConfig
+from varl.config import (
+    ActingConfig,
+    HarmonConfig,
+    InfinityConfig,
+    JanusConfig,
+    MARConfig,
+    ModelConfig,
+    NextScaleConfig,
+    NOVAConfig,
+    RasterConfig,
+)
 from varl.errors import ConfigError
 from varl.models.classifier import Classifier
 from varl.models.harmon import Harmon
+from varl.models.infinity import Infinity
 from varl.models.janus import Janus
 from varl.models.mar import MAR
 from varl.models.next_scale import NextScale
@@ -22,15 +33,16 @@ from varl.models.nova import NOVA
 from varl.models.raster import Condition, Raster
 from varl.policies.acting import class_ids, require_text
 from varl.policies.next_scale import model_ids
+from varl.tokenizers.bsq import BSQ
 from varl.tokenizers.kl import KL
 from varl.tokenizers.multiscale_vq import MultiScaleVQ
 from varl.tokenizers.vq import VQ
 from varl.types import Layout, Prompt
 
-Tokenizer = MultiScaleVQ | VQ
+Tokenizer = MultiScaleVQ | BSQ | VQ
 
-JANUS_CAPTION = 64
-"""Tokens of a caption, those of the chat template not counted."""
+CAPTION = 64
+"""Tokens of a caption where the model can read far more; of a Janus, those of its chat template not counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +79,7 @@ class Family(Protocol):
     """A transformer and its tokenizer on the meta device, and what a plan asks of the transformer."""
 
     @property
-    def model(self) -> NextScale | Raster | Janus: ...
+    def model(self) -> NextScale | Infinity | Raster | Janus: ...
 
     @property
     def tokenizer(self) -> Tokenizer: ...
@@ -100,7 +112,9 @@ class Family(Protocol):
 
 
 class NextScaleFamily:
-    def __init__(self, model: NextScale, tokenizer: MultiScaleVQ) -> None:
+    """A caption is taken to be `CAPTION` tokens long."""
+
+    def __init__(self, model: NextScale | Infinity, tokenizer: MultiScaleVQ | BSQ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.layout = Layout(grids=model.config.grids, steps=len(model.config.grids))
         self.positions = model.ends[-1]
@@ -110,16 +124,21 @@ class NextScaleFamily:
         return self.model.ends[steps - 1]
 
     def _forward(self, steps: int) -> Cost:
-        model, config = self.model, self.model.config
+        model = self.model
+        features = model.config.tokenizer.bits if isinstance(model, Infinity) else model.config.tokenizer.channels
 
         def run() -> Tensor:
-            text = config.text
-            ids = torch.ones(1, dtype=torch.long) if text is None else torch.ones(1, 3 + text.max_length, dtype=torch.long)
-            condition = model.condition(ids)
-            hidden = model(condition, torch.empty(1, self.tokens(steps) - model.ends[0], config.tokenizer.channels), steps)
-            return model.logits(hidden, condition)
+            condition = model.condition(self._asked())
+            hidden = model(condition, torch.empty(1, self.tokens(steps) - model.ends[0], features), steps)
+            return model.logits(hidden, condition)  # type: ignore[arg-type]
 
         return cost(run, model)
+
+    def _asked(self) -> Tensor:
+        config = self.model.config
+        if isinstance(config, InfinityConfig):
+            return torch.empty(1, min(CAPTION, config.captions.tokens), config.captions.width)
+        return torch.ones(1, dtype=torch.long) if config.text is None else torch.ones(1, 3 + config.text.max_length, dtype=torch.long)
 
     def reading(self) -> float:
         """Counted with each picture's pass."""
@@ -131,12 +150,12 @@ class NextScaleFamily:
 
 
 class RasterFamily:
-    """A caption is taken to be as long as the model can read; for a Janus, which can read books, `JANUS_CAPTION`."""
+    """A caption is taken to be as long as the model can read; for a Janus, which can read books, `CAPTION`."""
 
     def __init__(self, model: Raster | Janus, tokenizer: VQ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.layout = Layout(grids=(model.config.grid,), steps=model.tokens)
-        self.prefix = model.prefix if isinstance(model, Raster) else min(model.empty + JANUS_CAPTION, model.longest)
+        self.prefix = model.prefix if isinstance(model, Raster) else min(model.empty + CAPTION, model.longest)
         self.positions = self.prefix + model.tokens - 1
         self.forward = cache(self._forward)
 
@@ -196,7 +215,7 @@ def family_of(config: ModelConfig) -> Family:
 def as_family(pair: Pair) -> Family:
     """Of a pair on the meta device."""
     match pair:
-        case (NextScale() as model, MultiScaleVQ() as tokenizer):
+        case (NextScale() as model, MultiScaleVQ() as tokenizer) | (Infinity() as model, BSQ() as tokenizer):
             return NextScaleFamily(model, tokenizer)
         case (Raster() | Janus() as model, VQ() as tokenizer):
             return RasterFamily(model, tokenizer)
@@ -212,7 +231,7 @@ def require_readable(prompts: Sequence[Prompt], config: ActingConfig) -> None:
             model_ids(prompts, config)
         case RasterConfig(num_classes=int() as classes) | MARConfig(num_classes=classes):
             class_ids(prompts, classes)
-        case RasterConfig() | NOVAConfig() | JanusConfig() | HarmonConfig():
+        case InfinityConfig() | RasterConfig() | NOVAConfig() | JanusConfig() | HarmonConfig():
             require_text(prompts)
 
 
@@ -222,8 +241,9 @@ def require_readable(prompts: Sequence[Prompt], config: ActingConfig) -> None:
 @lru_cache(maxsize=8)
 def decoder_cost(family: Family) -> Cost:
     """From one feature map to pixels."""
-    tokenizer, grid = family.tokenizer, family.layout.grids[-1]
-    return cost(lambda: tokenizer.render(torch.empty(1, tokenizer.config.channels, *grid)), tokenizer)
+    tokenizer = family.tokenizer
+    size = tokenizer.maps[-1] if isinstance(tokenizer, BSQ) else family.layout.grids[-1]
+    return cost(lambda: tokenizer.render(torch.empty(1, tokenizer.config.channels, *size)), tokenizer)
 
 
 @lru_cache(maxsize=8)

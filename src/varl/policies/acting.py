@@ -44,10 +44,18 @@ def require_laws(laws: Mapping[str, LawConfig], steps: int, step: str, vocab: in
     for name, law in laws.items():
         if len(law.cfg_scale) not in (1, steps):
             raise ConfigError(f"{name}.cfg_scale has {len(law.cfg_scale)} values, the model {steps} {step}s. Give one, or one per {step}.")
+        if len(law.temperature_ramp) not in (1, steps):
+            count = len(law.temperature_ramp)
+            raise ConfigError(f"{name}.temperature_ramp has {count} values, the model {steps} {step}s. Give one, or one per {step}.")
         if vocab is None and (law.top_k or law.top_p < 1):
             raise ConfigError(
                 f"{name}.top_k={law.top_k}, top_p={law.top_p}: this model draws vectors, of which none can be cut away. Leave both out; "
                 "`temperature` below 1 draws nearer to the mean."
+            )
+        if vocab is None and law.temperature_ramp != (1.0,):
+            ramp = list(law.temperature_ramp)
+            raise ConfigError(
+                f"{name}.temperature_ramp={ramp}: this model draws vectors, at one temperature. Leave it out; set `temperature`."
             )
         if vocab is not None and law.top_k > vocab:
             raise ConfigError(f"{name}.top_k={law.top_k} is more than the vocabulary of {vocab}. Set 0 to keep all tokens.")
@@ -71,6 +79,7 @@ class ActingPolicy:
     step_name: ClassVar[str]
     """What a step is called."""
     module: Any
+    tokenizer: Any
     layout: Layout
     sample_law: LawConfig
     score_law: LawConfig
@@ -102,6 +111,12 @@ class ActingPolicy:
         return self.render(rollout).add(1).div(2).clamp(0, 1)
 
     @property
+    def _pixels(self) -> int:
+        """Numbers in the tokenizer's widest layer, per picture."""
+        h, w = self.module.config.image_size
+        return h * w // self.tokenizer.config.patch**2 * self.tokenizer.config.width
+
+    @property
     def _guided(self) -> bool:
         return self.sample_law.guided or self.score_law.guided
 
@@ -129,9 +144,17 @@ class TokenPolicy(ActingPolicy):
 # ---- acting ---------------------------------------------------------------------------------------------------------------------------
 
 
-def guidance_of(law: LawConfig, step: Int[Tensor, " n"]) -> Float[Tensor, "n 1"]:
-    """`cfg_scale` of each token's step, ready to broadcast over the vocabulary."""
-    return torch.tensor([law.guidance(s) for s in step.tolist()], device=step.device).unsqueeze(-1)
+def strength_of(law: LawConfig, step: int | Int[Tensor, " n"]) -> tuple[Tensor | float, Tensor | float | None]:
+    """`cfg_scale` of each token's step, ready to broadcast over the vocabulary, and its temperature; None where all steps have one."""
+    ramp = law.temperature_ramp != (1.0,)
+    if isinstance(step, int):
+        return law.guidance(step), law.heat(step) if ramp else None
+    steps = range(int(step.max()) + 1)
+
+    def each(of: Callable[[int], float]) -> Float[Tensor, "n 1"]:
+        return torch.tensor([of(s) for s in steps], device=step.device)[step].unsqueeze(-1)
+
+    return each(law.guidance), each(law.heat) if ramp else None
 
 
 def draw_tokens(
@@ -145,8 +168,7 @@ def draw_tokens(
     """G tokens from each law, all [B, n, G]; `step` is that of all n tokens, or each one's own."""
 
     def law_of(law: LawConfig) -> Tensor:
-        guidance = law.guidance(step) if isinstance(step, int) else guidance_of(law, step)
-        return token_law(cond, uncond if law.guided else None, law, guidance)
+        return token_law(cond, uncond if law.guided else None, law, *strength_of(law, step))
 
     law = law_of(sample_law)
     ids = draw_several(law, uniform)
@@ -175,7 +197,7 @@ def new_rollout(
         actions=ids,
         logp=logp,
         step=step.expand(len(ids), -1),
-        sampled=torch.ones_like(ids, dtype=torch.bool),
+        sampled=torch.ones_like(logp, dtype=torch.bool),
         index=torch.tensor(rng.rows),
         sample_logp=sample_logp,
         context=context,
@@ -216,7 +238,7 @@ def score_tokens(
     rows_of: list[list[int]] = [[] for _ in range(max(of) + 1)]
     for row, sequence in enumerate(of):
         rows_of[sequence].append(row)
-    guidance = guidance_of(law, step)
+    strength = strength_of(law, step)
     place = torch.arange(ids.shape[1], device=ids.device)
 
     def score_sequences(slice_: slice) -> tuple[Tensor, ...]:
@@ -227,11 +249,11 @@ def score_tokens(
         def chosen(logp: Tensor) -> Tensor:
             return logp[at[:, None], place, ids[rows]]
 
-        logp = token_law(*logits_of(slice_), law, guidance)
+        logp = token_law(*logits_of(slice_), law, *strength)
         if ref_logits_of is None:
             return chosen(logp), entropy(logp)[at]
         with torch.no_grad():
-            ref_logp = token_law(*ref_logits_of(slice_), law, guidance)
+            ref_logp = token_law(*ref_logits_of(slice_), law, *strength)
         return chosen(logp), entropy(logp)[at], chosen(ref_logp), analytic_kl(logp, ref_logp)[at]
 
     scores = in_row_chunks(score_sequences, len(rows_of), ids.shape[1] * vocab)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from varl.config import LawConfig
 from varl.errors import ConfigError, DataError
+from varl.models.infinity import Infinity
 from varl.models.janus import Janus
 from varl.models.layers import KVCache
 from varl.models.raster import Condition, Raster
@@ -61,7 +62,7 @@ def pad_left(parts: Sequence[Tensor]) -> tuple[Shaped[Tensor, "B N *C"], Bool[Te
 
 
 def read_captions(
-    prompts: Sequence[Prompt], model: Raster | Janus, captions: CaptionEncoder
+    prompts: Sequence[Prompt], model: Raster | Janus | Infinity, captions: CaptionEncoder
 ) -> tuple[dict[str | int, Tensor], list[str | int], list[str | int]]:
     """What the model reads by key; the key of each prompt; and of its "none", which is as long as its caption. The empty prompt is the
     "none" of a caption that says nothing."""
@@ -275,12 +276,6 @@ class RasterPolicy(TokenPolicy):
         return logits_of
 
     # -- showing -----------------------------------------------------------------------------------------------------------------------
-
-    @property
-    def _pixels(self) -> int:
-        """Numbers in the tokenizer's widest layer, per picture."""
-        h, w = self.module.config.image_size
-        return h * w // self.tokenizer.config.patch**2 * self.tokenizer.config.width
 
     @torch.no_grad()
     def render(self, rollout: Rollout) -> Float[Tensor, "B 3 H W"]:

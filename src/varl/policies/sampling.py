@@ -35,13 +35,18 @@ def guide(cond: Float[Tensor, "*B V"], uncond: Float[Tensor, "*B V"], guidance: 
 
 
 def token_law(
-    cond: Float[Tensor, "*B V"], uncond: Float[Tensor, "*B V"] | None, law: LawConfig, guidance: Tensor | float
+    cond: Float[Tensor, "*B V"],
+    uncond: Float[Tensor, "*B V"] | None,
+    law: LawConfig,
+    guidance: Tensor | float,
+    temperature: Tensor | float | None = None,
 ) -> Float[Tensor, "*B V"]:
     """Log-probabilities of one token under `law`: guidance, temperature, top-k, top-p, in that order, in fp32. `guidance` is this step's
-    `cfg_scale` (a tensor broadcasts over tokens); `uncond` may be None where no step is guided."""
+    `cfg_scale` (a tensor broadcasts over tokens); `uncond` may be None where no step is guided. `temperature` is this step's, None where
+    all have the law's."""
     logits = cond.float() if uncond is None else guide(cond, uncond, guidance)
-    if law.temperature != 1.0:
-        logits = logits / law.temperature
+    if temperature is not None or law.temperature != 1.0:
+        logits = logits / (law.temperature if temperature is None else temperature)
     return keep_top_p(keep_top_k(logits, law.top_k), law.top_p).log_softmax(-1)
 
 

@@ -18,6 +18,7 @@ from varl.checkpoints.model import OwnPair
 from varl.config import ClassifierConfig, FolderConfig, PicturesConfig, PretrainConfig
 from varl.errors import ConfigError, NumericsError
 from varl.models.classifier import Classifier
+from varl.models.infinity import Infinity
 from varl.models.janus import Janus
 from varl.models.mar import MAR
 from varl.models.next_scale import NextScale
@@ -33,6 +34,7 @@ from varl.pretrain.pixel_loss import PixelLossPhase
 from varl.pretrain.raster import RasterFamily
 from varl.pretrain.tokenizer import TokenizerPhase
 from varl.pretrain.transformer import TransformerPhase
+from varl.tokenizers.bsq import BSQ
 from varl.tokenizers.kl import KL
 from varl.tokenizers.multiscale_vq import MultiScaleVQ
 from varl.tokenizers.vq import VQ
@@ -118,6 +120,8 @@ def phases(
             family = RasterFamily(model, tokenizer, captions)
         case (Janus(), VQ()):
             raise ConfigError(f"init={config.init!r}: holds a Janus-Pro, which is not trained on here. Post-train it with `varl train`.")
+        case (Infinity(), BSQ()):
+            raise ConfigError("model: is an Infinity, which is not trained on here. Post-train a released one with `varl train`.")
         case (NOVA(), KL()):
             raise ConfigError(f"init={config.init!r}: holds a NOVA, which is not trained on here. Post-train it with `varl train`.")
         case (MAR() as model, KL() as kl):

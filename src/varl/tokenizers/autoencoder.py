@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from varl.config import KLConfig, TokenizerConfig, VQConfig
+from varl.config import BSQConfig, KLConfig, TokenizerConfig, VQConfig
 
 
 def norm(width: int) -> nn.GroupNorm:
@@ -89,7 +89,7 @@ class Middle(nn.Module):
 class Encoder(nn.Module):
     """Pictures to `channels` numbers per token, as a map. Where `levels_attend` is False, attention is in the middle alone."""
 
-    def __init__(self, config: TokenizerConfig | VQConfig | KLConfig, channels: int, *, levels_attend: bool = True) -> None:
+    def __init__(self, config: TokenizerConfig | BSQConfig | VQConfig | KLConfig, channels: int, *, levels_attend: bool = True) -> None:
         super().__init__()
         widths = [config.width * m for m in config.multipliers]
         last = len(widths) - 1
@@ -119,7 +119,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """And back; what comes out is not clamped."""
 
-    def __init__(self, config: TokenizerConfig | VQConfig | KLConfig, channels: int, *, levels_attend: bool = True) -> None:
+    def __init__(self, config: TokenizerConfig | BSQConfig | VQConfig | KLConfig, channels: int, *, levels_attend: bool = True) -> None:
         super().__init__()
         widths = [config.width * m for m in config.multipliers]
         last = len(widths) - 1

@@ -94,6 +94,8 @@ class MultiScaleVQ(nn.Module):
     def __init__(self, config: TokenizerConfig, grids: Sequence[Grid]) -> None:
         super().__init__()
         self.config, self.grids = config, tuple(grids)
+        self.maps = self.grids
+        """(h, w) of each scale's map of vectors."""
         self.ends = tuple(accumulate(h * w for h, w in self.grids))
         self.encoder, self.decoder = Encoder(config, config.channels), Decoder(config, config.channels)
         self.quantize = Quantizer(config, grids)
@@ -120,6 +122,14 @@ class MultiScaleVQ(nn.Module):
     def encode(self, images: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B L"]:
         """Token ids of pictures in [-1, 1], scales concatenated."""
         return self.residual_codes(self.features(images))[0]
+
+    def contribution(self, ids: Int[Tensor, "B n"], scale: int) -> Float[Tensor, "B C h w"]:
+        """What one scale's ids add to f_hat."""
+        return self.quantize.contribution(self.quantize.embedding(ids), scale)
+
+    def next_input(self, f_hat: Float[Tensor, "B C h w"], scale: int) -> Float[Tensor, "B n C"]:
+        """What the transformer sees at `scale`, given the sum of all coarser ones."""
+        return self.quantize.next_input(f_hat, scale)
 
     def split(self, ids: Tensor) -> list[Tensor]:
         """[B, L, ...] into one piece per scale that is there."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from varl.checkpoints.folder import Shapes
 from varl.errors import CheckpointError
-from varl.eval.parity import harmon, janus, llamagen, mar, nova, var
+from varl.eval.parity import harmon, infinity, janus, llamagen, mar, nova, var
 from varl.eval.parity.case import Case, load_case, read_info
 
 Verdict = Literal["agrees", "FAILS", "not supported yet"]
@@ -49,6 +49,7 @@ FAMILIES: dict[str, Family] = {
     "llamagen": Family(results=llamagen.results, fit=llamagen.fit),
     "janus": Family(results=janus.results, fit=janus.fit),
     "mar": Family(results=mar.results, fit=mar.fit),
+    "infinity": Family(results=infinity.results, fit=infinity.fit),
     "nova": Family(results=nova.results, fit=nova.fit),
     "harmon": Family(results=harmon.results, fit=harmon.fit),
 }
