@@ -324,7 +324,7 @@ function drawOrder() {
   if (!hasOrder) return null;
   const grid = film.grids[0], steps = 1 + Math.max(...film.prompts.flatMap((prompt) => prompt.order));
   let known = Math.ceil(2 * steps / 3), timer = null;
-  const veiled = h("div", {}), maps = h("div", {}), label = h("output", { class: "num small" });
+  const veiled = h("div", {}), maps = h("div", { class: "card tight" }), label = h("output", { class: "num small" });
   const slider = h("input", { type: "range", min: 0, max: steps, step: 1, "aria-label": "drawing step", style: { flex: 1, "min-width": "90px" }, oninput: () => go(Number(slider.value)) });
   const draw = () => {
     const prompt = film.prompts[view.prompt], { picture: uri } = film.frames[view.step][view.prompt], { order } = prompt;
@@ -346,8 +346,8 @@ function drawOrder() {
     return null;
   } }, "▶ draw");
   view.listeners.push(draw);
-  return section("order", "In which order it was drawn", "A masked model settles a few tokens at a time, in an order that is drawn anew for each picture and hangs on no weight. Left: the finished picture of the prompt chosen above, with all that is not settled yet covered, and what the step settled outlined (the decoder blends neighbouring cells). Right: which step settled each token, first (light) to last (dark).",
-    h("div", { class: "stage order" }, h("div", { class: "card tight" }, veiled, h("div", { class: "row" }, play, slider, label)), h("div", { class: "card tight" }, maps)));
+  return section("order", "In which order it was drawn", "A masked model settles a few tokens at a time, in an order that is drawn for each picture and does not depend on the weights. Of the finished picture of the prompt chosen above, what is not settled yet is covered, and what the step settled is outlined (the decoder blends neighbouring cells). The map says which step settled each token, first (light) to last (dark).",
+    h("div", { class: "stage" }, h("div", { class: "card tight" }, veiled, h("div", { class: "row" }, play, slider, label)), maps));
 }
 
 /* ---- credit ---- */
