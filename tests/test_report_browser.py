@@ -247,12 +247,14 @@ def test_order_and_maps_of_a_masked_run_are_drawn(masked, tmp_path):
 
 def test_the_order_is_played_and_follows_slider_bar_and_prompt(masked, tmp_path):
     press = """const section = document.getElementById("order"), slider = section.querySelector("input");
-      const hidden = () => section.querySelectorAll(".hidden").length, to = (step) => { slider.value = step; slider.dispatchEvent(new Event("input")); };
+      const hidden = () => section.querySelectorAll(".hidden").length, play = section.querySelector("button");
+      const to = (step) => { slider.value = step; slider.dispatchEvent(new Event("input")); };
       to(0); const none = hidden(); to(12); const all = hidden();
       section.querySelectorAll(".steps rect[fill=transparent]")[4].dispatchEvent(new Event("click")); const bar = [hidden(), slider.value];
       document.querySelectorAll(".fixed button")[3].click(); const other = hidden();
-      section.querySelector("button").click();
-      setTimeout(() => { document.documentElement.dataset.answer = [none, all, ...bar, other, hidden(), section.querySelector("button").textContent].join(" "); }, 3600);"""
+      play.click();
+      const after = () => [none, all, ...bar, other, hidden(), play.textContent].join(" ");
+      setTimeout(() => { document.documentElement.dataset.answer = after(); }, 3600);"""
     orders = [prompt["order"] for prompt in shown(masked)["film"]["prompts"]]
     left = [sum(step >= 5 for step in orders[number]) for number in (0, 3)]
     assert asked(masked, tmp_path, press) == f"64 0 {left[0]} 5 {left[1]} 0 ▶ draw"

@@ -247,7 +247,8 @@ class MARGRPO:
         """Weights shared with the further paths, which are scored at the moves of the first, and only where they have a weight."""
         own, each, spread = self._uncertain(batch, further)
         copies = len(further) // len(batch)
-        metrics = {**batch.metrics, "trajectory_spread": spread.mean().item(), "judged": float(len(batch) * (copies + 1 if rewarded else 1))}
+        judged = float(len(batch) * (copies + 1 if rewarded else 1))
+        metrics = {**batch.metrics, "trajectory_spread": spread.mean().item(), "judged": judged}
         first = replace(batch, weight=batch.weight * own, metrics=metrics, shown={"spread": spread})
         if not each.any():
             return first

@@ -97,15 +97,15 @@ def frame(folder: Path, prompts: int) -> list[dict[str, Any]]:
     return [
         {
             "picture": data_uri(folder / f"{number:02d}.png"),
-            "reward": read[number].get("reward"),
-            "found": read[number].get("found") or [],
-            "mask": ["".join(str(int(cell)) for cell in cells) for cells in read[number].get("mask") or []],
-            "advantage": [[short(cell) for cell in cells] for cells in read[number].get("advantage") or []],
-            **{name: [short(cell) for cells in read[number][name] for cell in cells] for name in ("weight", "spread") if name in read[number]},
-            **({"at": read[number]["at"]} if "at" in read[number] else {}),
-            **(draws(folder, number, read[number]["draws"]) if read[number].get("draws") else {}),
+            "reward": told.get("reward"),
+            "found": told.get("found") or [],
+            "mask": ["".join(str(int(cell)) for cell in cells) for cells in told.get("mask") or []],
+            "advantage": [[short(cell) for cell in cells] for cells in told.get("advantage") or []],
+            **{name: [short(cell) for cells in told[name] for cell in cells] for name in ("weight", "spread") if name in told},
+            **({"at": told["at"]} if "at" in told else {}),
+            **(draws(folder, number, told["draws"]) if told.get("draws") else {}),
         }
-        for number in range(prompts)
+        for number, told in enumerate(read[:prompts])
     ]
 
 
