@@ -149,6 +149,18 @@ def test_consistency_by_hand():
     assert consistent(gain, torch.zeros_like(step), later, 2.0).all(), "nothing comes before step 0"
 
 
+@pytest.mark.parametrize("config", [{"trajectories": mode} for mode in MODES] + [RELEASE], ids=str)
+def test_the_spread_is_shown_on_every_row_of_its_picture(config):
+    """And is that of the further paths of the plain form, whose rows are pictures."""
+    (plain,) = collected(mar_grpo(), GaussianPolicy())
+    (piece,) = collected(mar_grpo(ar_steps=2, **config), GaussianPolicy())
+    assert plain.shown["spread"].shape == (12, 4)
+    assert plain.metrics["trajectory_spread"] == pytest.approx(plain.shown["spread"].mean().item())
+    assert torch.equal(piece.shown["spread"], plain.shown["spread"].repeat_interleave(len(piece) // 12, 0))
+    (without,) = collected(mar_grpo(num_trajectories=0), GaussianPolicy())
+    assert not without.shown
+
+
 # ---- the policy of these tests
 
 

@@ -235,6 +235,36 @@ def write_va_pi_run(path: Path, count: int = 8, size: int = 24, steps: tuple[int
     return path
 
 
+def write_mar_run(path: Path, steps: tuple[int, ...] = (0, 35, 70), grid: tuple[int, int] = (4, 16), rounds: int = 12) -> Path:
+    """A run directory as MAR-GRPO leaves it: words drawn in `rounds` steps, half of them trained on, the uncertain tokens damped."""
+    path.mkdir(parents=True)
+    rng, tokens, prompts = random.Random(5), grid[0] * grid[1], 6
+    (path / "config.yaml").write_text("name: mar\nmodel: bundled:words-masked\nseed: 5\nalgorithm:\n  kind: mar_grpo\n")
+    lines = [{"step": k, "reward": 0.5 + 0.003 * k, "trajectory_spread": 0.4 - 0.001 * k, "kl": 1e-4 * k} for k in range(1, 71)]
+    lines = [line | {f"entropy/step_{i}": 2 - 0.4 * i - line["step"] / 200 for i in range(rounds)} for line in lines]
+    write_lines(path / "metrics.jsonl", [line | {f"consistent/step_{i}": 0.4 + 0.05 * i for i in range(rounds)} for line in lines])
+    asked = [{"text": WORDS[n], "words": [WORDS[n]], "style": STYLES[n % 4]} for n in range(prompts)]
+    index = {"grids": [grid], "panw_alpha": 0.0, "panw_weights": [1.0], "prompts": asked, "steps": steps}
+    edges = [round(tokens * (1 - math.cos(math.pi / 2 * k / rounds))) for k in range(rounds + 1)]
+    orders = []
+    for _ in range(prompts):
+        places = rng.sample(range(tokens), tokens)
+        orders.append([next(k for k in range(rounds) if place < edges[k + 1]) for place in places])
+    for step in steps:
+        folder, read = path / f"pictures/step-{step:06d}", []
+        for number, (prompt, order) in enumerate(zip(asked, orders, strict=True)):
+            draw(folder / f"{number:02d}.png", prompt["text"], prompt["style"][1], 0.7 * (1 - step / 100), rng)
+            spread = [(0.2 + 0.5 * math.exp(-(((i // grid[1] - 1.5) / 1.2) ** 2))) * rng.uniform(0.7, 1.3) for i in range(tokens)]
+            least = sorted(spread, reverse=True)[: round(0.3 * tokens)][-1]
+            weight = [min(1.0, (least / u) ** 2) if k % 2 else 0.0 for u, k in zip(spread, order, strict=True)]
+            told = {"mask": [[float(w > 0) for w in weight]], "advantage": [[rng.gauss(0, 1)] * tokens], "weight": [weight]}
+            told |= {"step": [[float(k) for k in order]], "spread": [spread]}
+            read.append({"reward": 0.5 + step / 200, "found": seen(misread(prompt["text"], 0.3, rng), rng), **told})
+        (folder / "read.json").write_text(json.dumps(read))
+    (path / "pictures/index.json").write_text(json.dumps(index))
+    return path
+
+
 def squared_error(real: Path, drawn: Path) -> float:
     """Mean over channels and places, of pixels in [-1, 1]."""
     with Image.open(real) as one, Image.open(drawn) as other:
@@ -570,6 +600,49 @@ def test_a_distance_is_better_when_it_falls(rebuilt, whole):
     assert (found["metric"], found["before"]["value"], found["after"]["value"]) == ("fd", 13.6, 9.8)
     assert found["lower_is_better"] is True
     assert headline(read_run(whole))["lower_is_better"] is False
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory) -> Path:
+    return write_mar_run(tmp_path_factory.mktemp("runs") / "mar")
+
+
+def test_a_masked_picture_has_its_order_spread_and_weight(masked, tmp_path):
+    film = shown(write_report(masked, tmp_path / "page.html"))["film"]
+    for step, frame in zip(film["steps"], film["frames"], strict=True):
+        told = json.loads((masked / f"pictures/step-{step:06d}/read.json").read_text())
+        for prompt, shot, read in zip(film["prompts"], frame, told, strict=True):
+            assert prompt["order"] == read["step"][0]
+            assert shot["spread"] == pytest.approx(read["spread"][0], rel=5e-3)
+            assert shot["weight"] == pytest.approx(read["weight"][0], rel=5e-3)
+            assert "at" not in shot
+    assert sorted(set(film["prompts"][0]["order"])) == list(range(12))
+
+
+def test_a_masked_picture_without_further_paths_and_one_seen_at_a_step(masked, tmp_path):
+    run = shutil.copytree(masked, tmp_path / "run")
+    file = run / "pictures/step-000070/read.json"
+    read = json.loads(file.read_text())
+    del read[0]["spread"]
+    read[1]["at"] = 3
+    file.write_text(json.dumps(read))
+    bare, early, *_ = shown(write_report(run))["film"]["frames"][-1]
+    assert "spread" not in bare
+    assert early["at"] == 3
+
+
+def test_many_tokens_still_make_a_small_page(tmp_path):
+    """1,024 tokens of a picture, their maps thinned out with the steps."""
+    run = write_mar_run(tmp_path / "run", steps=(0,), grid=(32, 32), rounds=64)
+    folder, index = run / "pictures", json.loads((run / "pictures/index.json").read_text())
+    for step in range(1, 60):
+        (folder / f"step-{step:06d}").symlink_to(folder / "step-000000")
+    (folder / "index.json").write_text(json.dumps(index | {"steps": list(range(60))}))
+    page = write_report(run)
+    film = shown(page)["film"]
+    assert page.stat().st_size < 3_000_000
+    assert 2 <= len(film["steps"]) == 60 - film["left_out"]
+    assert {len(shot["spread"]) for frame in film["frames"] for shot in frame} == {1024}
 
 
 def test_compare(whole, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from test_report import LETTERS, shown, write_lines, write_run, write_va_pi_run
+from test_report import LETTERS, shown, write_lines, write_mar_run, write_run, write_va_pi_run
 from varl.report import compare, write_report
 
 pytestmark = pytest.mark.slow
@@ -217,6 +217,67 @@ def test_one_grid_without_draws_or_classifier(tmp_path):
     assert not re.search("recognised|reader|nothing read|fixed 0|>null|undefined", part)
     assert part.count("<article") == len(LETTERS)
     assert "picture 6" in part
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory) -> Path:
+    return write_report(write_mar_run(tmp_path_factory.mktemp("runs") / "mar"))
+
+
+def test_order_and_maps_of_a_masked_run_are_drawn(masked, tmp_path):
+    document, film = dom(masked, tmp_path, "#step=35&prompt=1"), shown(masked)["film"]
+    assert "data-error" not in root(document)
+    assert 'data-ready="true"' in root(document)
+    assert re.findall(r'<section id="(\w+)"', document)[1:4] == ["film", "order", "credit"]
+    order, shot = film["prompts"][1]["order"], film["frames"][1][1]
+    (drawn,) = re.findall(r'id="order">(.*?)<section', document, flags=re.S)
+    assert drawn.count('class="hidden"') == sum(step >= 8 for step in order)
+    assert drawn.count('class="box fresh"') == sum(step == 7 for step in order)
+    assert f"step 8 of 12 · {sum(step < 8 for step in order)} of 64 tokens" in drawn
+    assert shot["picture"] in drawn
+    (maps,) = re.findall(r'id="credit">(.*?)<section', document, flags=re.S)
+    assert re.findall("<h3>(.*?)</h3>", maps) == ["uncertainty", "what learns", "push = weight × advantage"]
+    assert f"{sum(weight > 0 for weight in shot['weight'])} of 64 tokens learn" in maps
+    assert maps.count('fill="var(--weight)"') == sum(weight > 0 for weight in shot["weight"])
+    assert maps.count('fill="var(--unsure)"') == 64
+    part = drawn_part(document)
+    assert "Entropy per drawing step" in part
+    assert not re.search("PANW|NaN|undefined|>null", part)
+
+
+def test_the_order_is_played_and_follows_slider_bar_and_prompt(masked, tmp_path):
+    press = """const section = document.getElementById("order"), slider = section.querySelector("input");
+      const hidden = () => section.querySelectorAll(".hidden").length, play = section.querySelector("button");
+      const to = (step) => { slider.value = step; slider.dispatchEvent(new Event("input")); };
+      to(0); const none = hidden(); to(12); const all = hidden();
+      section.querySelectorAll(".steps rect[fill=transparent]")[4].dispatchEvent(new Event("click")); const bar = [hidden(), slider.value];
+      document.querySelectorAll(".fixed button")[3].click(); const other = hidden();
+      play.click();
+      const after = () => [none, all, ...bar, other, hidden(), play.textContent].join(" ");
+      setTimeout(() => { document.documentElement.dataset.answer = after(); }, 3600);"""
+    orders = [prompt["order"] for prompt in shown(masked)["film"]["prompts"]]
+    left = [sum(step >= 5 for step in orders[number]) for number in (0, 3)]
+    assert asked(masked, tmp_path, press) == f"64 0 {left[0]} 5 {left[1]} 0 ▶ draw"
+
+
+@pytest.mark.parametrize("width", [1300, 420])
+def test_maps_of_a_masked_run_do_not_stick_out(masked, tmp_path, width):
+    measure = "return [innerWidth, document.documentElement.scrollWidth].join(' ');"
+    inner, scroll = asked(masked, tmp_path, measure, f"--window-size={width},1600").split()
+    assert int(scroll) <= int(inner)
+
+
+def test_a_masked_run_of_plain_grpo_and_an_old_one(masked, tmp_path):
+    """All tokens weigh the same and there are no further paths: the order alone is shown; and without it, nothing of this."""
+    run = write_mar_run(tmp_path / "run", steps=(0,))
+    file = run / "pictures/step-000000/read.json"
+    read = [{**told, "weight": [[1.0] * 64], "mask": [[1.0] * 64]} for told in json.loads(file.read_text())]
+    for gone, sections in ((["spread"], ["film", "order", "curves"]), (["spread", "weight", "step"], ["film", "curves", "entropy"])):
+        file.write_text(json.dumps([{name: told[name] for name in told if name not in gone} for told in read]))
+        document = dom(write_report(run), tmp_path / "profile")
+        assert "data-error" not in root(document)
+        assert re.findall(r'<section id="(\w+)"', document)[1:4] == sections
+        assert not re.search("NaN|undefined|>null", drawn_part(document))
 
 
 def test_comparison_is_drawn(page, tmp_path):

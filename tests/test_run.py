@@ -12,16 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import test_policy_masked
 import toy_run
 from toy_run import ALGORITHMS, KILLS, LISTENERS, config, metrics, weights, with_steps
 from varl.checkpoints import model as model_folder
 from varl.checkpoints import run_state
-from varl.config import EvalConfig, OCRConfig, OptimConfig, WeightedReward
+from varl.config import EvalConfig, GRPOConfig, MARGRPOConfig, OCRConfig, OptimConfig, UnmaskingConfig, WeightedReward
+from varl.data.folder import write_folder
 from varl.distributed.mesh import World
 from varl.errors import ConfigError, NumericsError, RewardError
 from varl.run import train
 from varl.settings import from_yaml, to_yaml
 from varl.train import loop
+from varl.types import Prompt
 
 SMOKE = Path(__file__).parent / "data" / "smoke.json"
 CURVE = ("reward", "reward_std", "grad_norm", "entropy", "advantage_abs_mean")
@@ -94,6 +97,62 @@ def test_pictures_are_whole_ones_one_for_each_prompt(whole, name):
         at = folder / f"step-{step:06d}"
         assert (whole[name] / "images" / f"{at.name}.png").is_file()
         assert len(list(at.glob("*.png"))) == len(json.loads((at / "read.json").read_text())) == 6
+
+
+FORMS = {
+    "grpo": GRPOConfig(num_generations=2),
+    "damped": MARGRPOConfig(grpo=GRPOConfig(num_generations=2), ar_steps=2, denoise_moves=3),
+    "rewarded": MARGRPOConfig(grpo=GRPOConfig(num_generations=2), ar_steps=0, denoise_moves=3, trajectories="rewarded"),
+    "release": MARGRPOConfig(
+        grpo=GRPOConfig(num_generations=2, loss_type="grpo"), ar_steps=2, denoise_moves=3, trajectories="release", support="unknown"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def masked_pictures(tmp_path_factory) -> dict[str, tuple[bytes, list[dict]]]:
+    """(second picture, read.json) of a tiny MAR before its first step, by form of the algorithm."""
+    home = tmp_path_factory.mktemp("masked")
+    policy = test_policy_masked.make()
+    model_folder.save(home / "base", policy.module, policy.tokenizer, {})
+    write_folder(home / "data", None, [Prompt(label=label) for label in range(3)])
+    out = {}
+    for name, algorithm in FORMS.items():
+        short = config(home, steps=1, image_every=2, prompts_per_step=2)
+        train(replace(short, algorithm=algorithm, unmasking=UnmaskingConfig(steps=3, denoise_steps=8)), home / name)
+        folder = home / name / "pictures" / "step-000000"
+        out[name] = ((folder / "01.png").read_bytes(), json.loads((folder / "read.json").read_text()))
+    return out
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_pictures_of_a_masked_run_come_with_order_spread_and_weight(masked_pictures, name):
+    """The picture, its reward, order and spread are the same however many rows it has in the batch; the weights are the form's."""
+    picture, told = masked_pictures[name]
+    plain_picture, plain = masked_pictures["grpo"]
+    assert picture == plain_picture
+    assert len(told) == 3
+    for read, other, damped in zip(told, plain, masked_pictures["damped"][1], strict=True):
+        assert read["reward"] == pytest.approx(other["reward"], abs=1e-5)
+        assert read["step"] == other["step"]
+        assert sorted(read["step"][0]) == [0, 1, 1, 2, 2, 2]
+        assert read["mask"][0] == [float(weight > 0) for weight in read["weight"][0]]
+        at = [step for step, weight in zip(read["step"][0], read["weight"][0], strict=True) if weight]
+        assert read.get("spread") == (None if name == "grpo" else damped["spread"])
+        assert ("at" in read) == (name == "release")
+        uncertain = sorted(range(6), key=lambda i: -damped["spread"][0][i])[:2]
+        match name:
+            case "grpo":
+                assert read["weight"] == [[1.0] * 6]
+            case "rewarded":
+                assert [read["weight"][0][i] for i in uncertain] == [0.2, 0.2]
+                assert sum(read["weight"][0]) == pytest.approx(4.4)
+            case "release":
+                assert at
+                assert min(at) >= read["at"]
+                assert all(read["weight"][0][i] == 0 for i in uncertain)
+            case _:
+                assert len(set(at)) == 2
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

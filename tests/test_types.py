@@ -30,6 +30,7 @@ def a_batch(rows: int) -> TrainBatch:
         size=value,
         stage="prefix",
         metrics={"reward": 1.0},
+        shown={"spread": ones * value[:, None]},
     )
 
 
@@ -79,6 +80,7 @@ def test_pieces_of_a_batch_are_the_batch():
     assert torch.equal(torch.cat([piece.size for piece in pieces]), batch.size)
     assert torch.equal(torch.cat([piece.rollout.actions for piece in pieces]), batch.rollout.actions)
     assert torch.equal(torch.cat([piece.judgement.parts["ocr"] for piece in pieces]), batch.judgement.parts["ocr"])
+    assert torch.equal(torch.cat([piece.shown["spread"] for piece in pieces]), batch.shown["spread"])
     assert all(piece.stage == "prefix" and piece.metrics == {"reward": 1.0} for piece in pieces)
 
 

@@ -268,17 +268,24 @@ def finite(value: Tensor) -> float | None:
 
 
 def told(batch: TrainBatch, row: int, ends: Sequence[int]) -> dict[str, Any]:
-    """What read.json holds of one picture: reward, readings, and per grid the weight and advantage of each token."""
-    j = batch.judgement
+    """What read.json holds of one picture: reward, readings, and per grid the mask and advantage of each token. Of one drawn by chains also
+    the `weight` of each token's path and the `step` that settled it; `at`, where it is learned from as it stood at that step; and all that
+    the algorithm has `shown`."""
+    j, chain = batch.judgement, batch.rollout.chain
     there = batch.advantage.shape[1]
 
     def per_grid(values: Tensor) -> list[list[float]]:
-        return [[round(float(x), 4) for x in values[row, a:b]] for a, b in pairwise(ends) if b <= there]
+        return [[float(f"{x:.4g}") for x in values[row, a:b].tolist()] for a, b in pairwise(ends) if b <= there]
 
     found = j.found[row] if j.found is not None else ()
-    return {
+    out: dict[str, Any] = {
         "reward": finite(j.value[row]),
         "found": [{"text": f.text, "confidence": f.confidence, "box": f.box} for f in found],
         "mask": per_grid((batch.weight > 0).float()),
         "advantage": per_grid(batch.advantage),
     }
+    if chain is not None:
+        settled = batch.rollout.step if chain.settled is None else chain.settled
+        out |= {"weight": per_grid(batch.weight), "step": per_grid(settled)}
+        out |= {} if chain.settled is None else {"at": int(batch.rollout.step[row, 0])}
+    return out | {name: per_grid(values) for name, values in batch.shown.items()}

@@ -222,6 +222,8 @@ class TrainBatch(_Batch):
     stage: str = field(default="all", metadata={"whole": True})
     """all, prefix or suffix."""
     metrics: Mapping[str, float] = field(default_factory=dict, metadata={"whole": True})
+    shown: Mapping[str, Float[Tensor, "B L"]] = field(default_factory=dict)
+    """What the algorithm says of each token, for the report; no part of learning."""
 
     def __len__(self) -> int:
         return len(self.rollout)

@@ -213,7 +213,7 @@ class MARGRPO:
 
     def objective(self, policy: Policy, batch: TrainBatch) -> tuple[Float[Tensor, ""], dict[str, float]]:
         """GRPO's. Metrics: GRPO's, and from `collect` `trajectory_spread` (unit of the latents), `judged` (pictures) and `consistent`
-        (share of the unknown tokens that the filter keeps; and `consistent/step_i`)."""
+        (share of the unknown tokens that the filter keeps; and `consistent/step_i`). `TrainBatch.shown` has the `spread` of each token."""
         return self.grpo.objective(policy, batch)
 
     def _moves(self, layout: Layout, rollout: Rollout, rng: Stream) -> Bool[Tensor, "B L N"]:
@@ -235,11 +235,11 @@ class MARGRPO:
             out.append((judgement.rows(further), advantage[further], learns[further]))
         return out
 
-    def _uncertain(self, batch: TrainBatch, further: Rollout) -> tuple[Float[Tensor, "B L"], Float[Tensor, "B L"], float]:
-        """The two `shares` of each token of each picture, and the mean spread."""
+    def _uncertain(self, batch: TrainBatch, further: Rollout) -> tuple[Float[Tensor, "B L"], Float[Tensor, "B L"], Float[Tensor, "B L"]]:
+        """The two `shares` of each token of each picture, and its spread."""
         spread = uncertainty(further.actions[:, :, -1].unflatten(0, (len(batch), -1)))
         uncertain = uncertain_mask(spread, self.config.uncertain_fraction)
-        return *shares(self.config.trajectories, spread, uncertain, self.config.num_trajectories), spread.mean().item()
+        return *shares(self.config.trajectories, spread, uncertain, self.config.num_trajectories), spread
 
     def _with_paths(
         self, batch: TrainBatch, further: Rollout, rewarded: tuple[Judgement, Float[Tensor, "B L"], Bool[Tensor, "B L"]] | None
@@ -247,8 +247,9 @@ class MARGRPO:
         """Weights shared with the further paths, which are scored at the moves of the first, and only where they have a weight."""
         own, each, spread = self._uncertain(batch, further)
         copies = len(further) // len(batch)
-        metrics = {**batch.metrics, "trajectory_spread": spread, "judged": float(len(batch) * (copies + 1 if rewarded else 1))}
-        first = replace(batch, weight=batch.weight * own, metrics=metrics)
+        judged = float(len(batch) * (copies + 1 if rewarded else 1))
+        metrics = {**batch.metrics, "trajectory_spread": spread.mean().item(), "judged": judged}
+        first = replace(batch, weight=batch.weight * own, metrics=metrics, shown={"spread": spread})
         if not each.any():
             return first
         if rewarded is None:
@@ -258,7 +259,7 @@ class MARGRPO:
             judgement, advantage, learns = rewarded
             weight = (batch.kl_weight * each).repeat_interleave(copies, 0) * learns.to(each.device)
         scored = chain_of(batch.rollout).scored.repeat_interleave(copies, 0) & (weight > 0)[:, :, None]
-        return first.beside(_further(narrowed(further, scored), advantage.to(weight.device), weight, judgement))
+        return first.beside(_further(narrowed(further, scored), advantage.to(weight.device), weight, judgement, first))
 
     def _at_steps(self, policy: RedrawingPolicy, rollout: Rollout, further: Rollout | None, rng: Stream, batch: TrainBatch) -> TrainBatch:
         """The release's rows: a picture at one of its steps, all tokens not known then, each row a mean of its own."""
@@ -277,7 +278,9 @@ class MARGRPO:
             metrics |= by_step("consistent", keep.float(), seen.sampled, seen.step)
         own = each = None
         if further is not None:
-            own, each, metrics["trajectory_spread"] = self._uncertain(batch, further)
+            own, each, spread = self._uncertain(batch, further)
+            metrics["trajectory_spread"] = spread.mean().item()
+            batch = replace(batch, shown={"spread": spread})
         batch = batch.rows([row for row in range(len(batch)) for _ in range(count)])
         weight = keep * (batch.weight > 0) / keep.sum(1, keepdim=True).clamp(min=1)
         kl_weight = seen.sampled / seen.sampled.sum(1, keepdim=True).clamp(min=1)
@@ -302,11 +305,14 @@ class MARGRPO:
         chain = replace(chain_of(seen), sample_logp=None)
         first = replace(first, rollout=replace(seen, chain=chain, sample_logp=seen.logp if seen.sample_logp is None else seen.sample_logp))
         advantage = batch.advantage.repeat_interleave(copies, 0)
-        return per_number(first.beside(_further(paths, advantage, weight, unjudged(batch.judgement, copies))))
+        return per_number(first.beside(_further(paths, advantage, weight, unjudged(batch.judgement, copies), first)))
 
 
-def _further(rollout: Rollout, advantage: Float[Tensor, "B L"], weight: Float[Tensor, "B L"], judgement: Judgement) -> TrainBatch:
-    """Rows that add to what is learned, but neither to the KL nor to the denominator."""
+def _further(
+    rollout: Rollout, advantage: Float[Tensor, "B L"], weight: Float[Tensor, "B L"], judgement: Judgement, first: TrainBatch
+) -> TrainBatch:
+    """Rows that add to what is learned, but neither to the KL nor to the denominator; as many for each of `first`, what is shown of which
+    holds for them too."""
     return TrainBatch(
         rollout=rollout,
         advantage=advantage,
@@ -314,4 +320,5 @@ def _further(rollout: Rollout, advantage: Float[Tensor, "B L"], weight: Float[Te
         kl_weight=torch.zeros_like(weight),
         judgement=judgement,
         size=torch.zeros_like(weight[:, 0]),
+        shown={name: part.repeat_interleave(len(rollout) // len(first), 0) for name, part in first.shown.items()},
     )

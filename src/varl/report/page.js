@@ -61,6 +61,7 @@ const shots = [...(film?.frames || []).flat(), ...(run.gallery?.items || []).fla
 const reads = shots.some((shot) => shot.found?.length) || (film?.prompts || []).some((prompt) => prompt.words?.length);
 const hasBoxes = shots.some((shot) => shot.found?.some((found) => found.box));
 const hasDraws = shots.some((shot) => shot.draws);
+const hasOrder = (film?.prompts || []).some((prompt) => prompt.order?.length);
 const letters = (text) => text.toUpperCase().replace(/\s+/g, " ").trim();
 const isRight = (found, wanted) => letters(found.text).split(" ").every((word) => wanted.some((want) => letters(want) === word));
 
@@ -304,6 +305,51 @@ function training() {
     player(), h("div", { class: "stage" }, wall(), detail()), strip());
 }
 
+/* ---- the order in which a masked model settled its tokens ---- */
+function veil([rows, columns], order, known) {
+  const cell = (i, more) => s("rect", { x: 100 * (i % columns) / columns, y: 100 * Math.floor(i / columns) / rows, width: 100 / columns, height: 100 / rows, ...more });
+  const of = (wanted, more) => order.flatMap((step, i) => (wanted(step) ? [cell(i, more)] : []));
+  return s("svg", { viewBox: "0 0 100 100", preserveAspectRatio: "none", "aria-hidden": "true" },
+    of((step) => step >= known, { class: "hidden" }), of((step) => step === known - 1, { class: "box halo" }), of((step) => step === known - 1, { class: "box fresh" }));
+}
+/* How many tokens each drawing step settled; a click on one goes there. */
+function stepBars(counts, known, go) {
+  const width = 400 / counts.length, most = Math.max(...counts);
+  return s("svg", { class: "steps", viewBox: "0 0 400 78", role: "img", "aria-label": "tokens settled at each step" }, counts.map((count, k) => [
+    s("rect", { x: k * width + .5, width: Math.max(.5, width - 1), y: 60 - 58 * count / most, height: 58 * count / most, fill: ramp(k, counts.length), opacity: k < known ? 1 : .25 }),
+    s("rect", { x: k * width, width, y: 0, height: 62, fill: "transparent", onclick: () => go(k + 1) }, s("title", {}, `step ${k + 1}: ${count} token${count === 1 ? "" : "s"}`))]),
+    s("text", { x: 0, y: 75 }, "step 1"), s("text", { x: 400, y: 75, "text-anchor": "end" }, `step ${counts.length}`));
+}
+function drawOrder() {
+  if (!hasOrder) return null;
+  const grid = film.grids[0], steps = 1 + Math.max(...film.prompts.flatMap((prompt) => prompt.order));
+  let known = Math.ceil(2 * steps / 3), timer = null;
+  const veiled = h("div", {}), maps = h("div", { class: "card tight" }), label = h("output", { class: "num small" });
+  const slider = h("input", { type: "range", min: 0, max: steps, step: 1, "aria-label": "drawing step", style: { flex: 1, "min-width": "90px" }, oninput: () => go(Number(slider.value)) });
+  const draw = () => {
+    const prompt = film.prompts[view.prompt], { picture: uri } = film.frames[view.step][view.prompt], { order } = prompt;
+    if (!order?.length) { refill(maps); return refill(veiled, h("div", { class: "absent" }, "No order was recorded for this picture.")); }
+    const counts = Array.from({ length: steps }, (_, k) => order.filter((step) => step === k).length);
+    slider.value = known;
+    label.textContent = `step ${known} of ${steps} · ${order.filter((step) => step < known).length} of ${order.length} tokens`;
+    slider.setAttribute("aria-valuetext", label.textContent);
+    refill(veiled, picture(uri, `${nameOf(prompt)}, its tokens settled by step ${known}`, veil(grid, order, known)));
+    return refill(maps, heat(uri, grid, order.map((step) => step + 1), 1, (step) => ramp(step - 1, steps)), h("h3", {}, "tokens settled at each step"), stepBars(counts, known, go));
+  };
+  const go = (step) => { known = step; draw(); };
+  const stop = () => { clearInterval(timer); timer = null; play.textContent = "▶ draw"; };
+  const play = h("button", { class: "play", onclick: () => {
+    if (timer) return stop();
+    if (known === steps) go(0);
+    play.textContent = "❚❚ pause";
+    timer = setInterval(() => (known < steps ? go(known + 1) : stop()), clamp(4000 / steps, 60, 400));
+    return null;
+  } }, "▶ draw");
+  view.listeners.push(draw);
+  return section("order", "In which order it was drawn", "A masked model settles a few tokens at a time, in an order that is drawn for each picture and does not depend on the weights. Of the finished picture of the prompt chosen above, what is not settled yet is covered, and what the step settled is outlined (the decoder blends neighbouring cells). The map says which step settled each token, first (light) to last (dark).",
+    h("div", { class: "stage" }, h("div", { class: "card tight" }, veiled, h("div", { class: "row" }, play, slider, label)), maps));
+}
+
 /* ---- credit ---- */
 function weightsOf(shot) {
   return film.grids.map(([rows, columns], k) => Array.from({ length: rows * columns }, (_, i) => film.panw_weights[k] * (shot.mask.length ? Number(shot.mask[k][i]) : 1)));
@@ -374,9 +420,36 @@ function drawCredit() {
   return section("credit", "Who got the credit", "Where a draw differs from the real picture, token by token (of the pictures as shown, pixels in [−1, 1]), and how hard the update pushed its tokens. A draw has one advantage, so what is right in it is pushed as hard as what is wrong. Colours are comparable between the draws of a picture.",
     h("div", { class: "row spread" }, picks, key), maps);
 }
+/* Of a masked model: how far further paths of each token differ, what it weighs, and how hard it was pushed. */
+function maskedCredit() {
+  const every = film.frames.flat().filter((shot) => shot.weight);
+  if (every.every((shot) => !shot.spread && isFlat(shot.weight))) return null;
+  const maps = h("div", { class: "scales maps" }), note = h("p", { class: "small soft" }), grid = film.grids[0];
+  const card = (title, says, shown) => h("div", { class: "card scale" }, h("h3", {}, title), shown, h("div", { class: "small soft num" }, says));
+  const most = (name) => Math.max(...film.frames.flatMap((frame) => frame[view.prompt][name] || [0]));
+  view.listeners.push((shot, prompt) => {
+    const then = isNumber(shot.at) ? ` Learned from as it stood before drawing step ${shot.at + 1}.` : "";
+    note.textContent = `${nameOf(prompt)}, step ${film.steps[view.step]}.${then}`;
+    if (!shot.weight) return refill(maps, h("div", { class: "absent" }, "No weights were recorded for this picture."));
+    const { weight, spread } = shot, learns = weight.filter((value) => value > 0), advantage = shot.advantage[0] || [];
+    const push = weight.map((value, i) => value * (advantage[i] ?? 0)), topPush = Math.max(...film.frames.flatMap(({ [view.prompt]: each }) => (each.weight || []).map((value, i) => Math.abs(value * (each.advantage[0]?.[i] ?? 0)))));
+    const range = learns.length ? `${learns.length} of ${weight.length} tokens learn, at weights ${[...new Set([Math.min(...learns), Math.max(...learns)])].map(format).join(" to ")}` : "no token learns";
+    const pushed = advantage.filter((_, i) => weight[i] > 0), ends = [...new Set(pushed.length ? [Math.min(...pushed), Math.max(...pushed)] : [])];
+    return refill(maps,
+      spread && card("uncertainty", `spread over further paths, unit of the latents: mean ${format(sum(spread) / spread.length)}, most ${format(Math.max(...spread))}`, heat(shot.picture, grid, spread, most("spread"), () => "var(--unsure)")),
+      card("what learns", range, heat(shot.picture, grid, weight, most("weight"), () => "var(--weight)")),
+      card("push = weight × advantage", ends.length ? `advantage ${ends.map((value) => signed(value)).join(" to ")}` : "none", heat(shot.picture, grid, push, topPush, pushColour)));
+  });
+  const spreads = every.some((shot) => shot.spread);
+  const key = h("div", { class: "small soft row" }, spreads && h("span", {}, "certain", h("span", { class: "key unsure" }), "uncertain"), h("span", {}, "no weight", h("span", { class: "key weight" }), "most"), h("span", {}, "less likely", h("span", { class: "key push" }), "more likely"));
+  const uncertain = spreads ? "How far further denoising paths of a token end from one another, what its own path weighs, and how hard the update pushed it" : "What each token's path weighs, and how hard the update pushed it";
+  return section("credit", "Who got the credit", `${uncertain}, over the picture itself. Tokens of drawing steps that were not chosen weigh nothing${spreads ? ", uncertain ones less; what these lack their further paths have, where such learn too" : ""}. Colours are comparable between the training steps of a prompt.`,
+    h("div", { class: "row spread" }, note, key), maps);
+}
 function credit() {
   if (!film || !film.panw_weights) return null;
   if (hasDraws) return drawCredit();
+  if (hasOrder) return maskedCredit();
   if (saysNothing()) return null;
   const many = film.grids.length > 1, panw = many && film.panw_alpha !== 0;
   const scales = h("div", { class: "scales" }), note = h("p", { class: "small soft" });
@@ -492,11 +565,12 @@ const TIMING = ["seconds/", "images_per_second", "entropy/step_"];
 
 /* Metrics that differ only after their last "/" share a chart, as long as it can be read. */
 const roomOf = (name) => name.split("/").slice(0, -1).join("/");
+const ofSteps = (list) => list.length > 1 && list.every((name) => /\/step_\d+$/.test(name));
 function groups(columns) {
   const names = Object.keys(columns).filter((name) => columns[name].some(isNumber) && !TIMING.some((prefix) => name.startsWith(prefix)));
   const rooms = {};
   for (const name of names) (rooms[roomOf(name) || name] ??= []).push(name);
-  return Object.entries(rooms).flatMap(([room, list]) => (list.length <= 6 ? [[list.length > 1 ? room : list[0], list]] : list.map((name) => [name, [name]])))
+  return Object.entries(rooms).flatMap(([room, list]) => (list.length <= 6 || ofSteps(list) ? [[list.length > 1 ? room : list[0], list]] : list.map((name) => [name, [name]])))
     .sort((a, b) => rank(a[0].split("/")[0]) - rank(b[0].split("/")[0]));
 }
 function shortNames(list) {
@@ -520,27 +594,29 @@ function curves() {
   const notes = [every > 1 && `Each point is the mean of ${every} steps.`, torn > 0 && `${torn} torn line${torn > 1 ? "s" : ""} of metrics.jsonl skipped.`].filter(Boolean).join(" ");
   const marked = troubles().length ? " Dashed red: a warning or a restart." : "";
   return section("curves", "Curves", `Strong: moving average. Faint: as measured.${marked} ${notes}`,
-    h("div", { class: "row spread" }, h("span", {}), smoothing()), h("div", { class: "charts" }, groups(columns).map(([title, list]) => metricChart(title, list))));
+    h("div", { class: "row spread" }, h("span", {}), smoothing()), h("div", { class: "charts" }, groups(columns).map(([title, list]) => metricChart(title, list, ofSteps(list) ? ramp : colour))));
 }
+const stepName = hasOrder ? "drawing step" : "scale";
 function entropy() {
   const list = Object.keys(run.metrics?.columns || {}).filter((name) => name.startsWith("entropy/step_")).sort((a, b) => Number(a.split("_").pop()) - Number(b.split("_").pop()));
   if (!list.length) return null;
-  const lines = metricChart("entropy per scale, nats", list, ramp);
-  return section("entropy", "Entropy per scale", "How undecided the model is at each step of drawing, coarse (light) to fine (dark). A scale that falls to 0 has stopped exploring.",
+  const lines = metricChart(`entropy per ${stepName}, nats`, list, ramp);
+  const says = hasOrder ? "first (light) to last (dark). It is that of densities and may be negative; what counts is how it moves." : "coarse (light) to fine (dark). A scale that falls to 0 has stopped exploring.";
+  return section("entropy", `Entropy per ${stepName}`, `How undecided the model is at each step of drawing, ${says}`,
     h("div", { class: "charts", style: { "grid-template-columns": "repeat(auto-fill, minmax(min(100%, 460px), 1fr))" } }, lines, entropyMap(list)));
 }
 function entropyMap(list) {
-  const { steps, columns } = run.metrics, blocks = Math.min(60, steps.length), top = Math.max(...list.flatMap((name) => columns[name].filter(isNumber)));
+  const { steps, columns } = run.metrics, blocks = Math.min(60, steps.length), known = list.flatMap((name) => columns[name].filter(isNumber)), top = Math.max(...known), low = Math.min(0, ...known);
   const rowHeight = 150 / list.length;
   const cells = list.flatMap((name, k) => Array.from({ length: blocks }, (_, b) => {
     const span = columns[name].slice(Math.floor(b * steps.length / blocks), Math.floor((b + 1) * steps.length / blocks)).filter(isNumber);
     const mean = sum(span) / span.length;
-    return span.length ? s("rect", { x: LEFT + (WIDE - LEFT - RIGHT) * b / blocks, y: TOP + k * rowHeight, width: (WIDE - LEFT - RIGHT) / blocks + .3, height: rowHeight - 1.5, fill: "var(--weight)", "fill-opacity": (.05 + .95 * mean / top).toFixed(3) },
-      s("title", {}, `scale ${k}, around step ${steps[Math.floor(b * steps.length / blocks)]}: ${format(mean)} nats`)) : null;
+    return span.length ? s("rect", { x: LEFT + (WIDE - LEFT - RIGHT) * b / blocks, y: TOP + k * rowHeight, width: (WIDE - LEFT - RIGHT) / blocks + .3, height: rowHeight - 1.5, fill: "var(--weight)", "fill-opacity": (.05 + .95 * (mean - low) / (top - low || 1)).toFixed(3) },
+      s("title", {}, `${stepName} ${k}, around step ${steps[Math.floor(b * steps.length / blocks)]}: ${format(mean)} nats`)) : null;
   }));
   const labels = list.map((name, k) => s("text", { x: LEFT - 6, y: TOP + (k + .5) * rowHeight + 3, "text-anchor": "end" }, film?.grids?.[k] && film.grids.length === list.length ? film.grids[k].join("×") : name.split("_").pop()));
-  return h("div", { class: "card chart" }, h("h3", {}, "the same as a map"), h("p", { class: "says" }, `Rows are scales, time runs to the right; full colour is ${format(top)} nats.`),
-    s("svg", { viewBox: `0 0 ${WIDE} ${TALL}`, role: "img", "aria-label": "entropy per scale and step" }, cells, labels,
+  return h("div", { class: "card chart" }, h("h3", {}, "the same as a map"), h("p", { class: "says" }, `Rows are ${stepName}s, time runs to the right; full colour is ${format(top)} nats${low < 0 ? `, none ${format(low)}` : ""}.`),
+    s("svg", { viewBox: `0 0 ${WIDE} ${TALL}`, role: "img", "aria-label": `entropy per ${stepName} and step` }, cells, labels,
       s("text", { x: LEFT, y: TALL - 6 }, format(steps[0])), s("text", { x: WIDE - RIGHT, y: TALL - 6, "text-anchor": "end" }, format(steps.at(-1)))));
 }
 
@@ -638,7 +714,7 @@ function comparison() {
 /* ---- the page ---- */
 const page = document.getElementById("page");
 const parts = run.kind === "run"
-  ? [header(), h("nav", { "aria-label": "sections" }), gallery(), training(), credit(), curves(), entropy(), timing(), results(), probe(), events(), configuration()]
+  ? [header(), h("nav", { "aria-label": "sections" }), gallery(), training(), drawOrder(), credit(), curves(), entropy(), timing(), results(), probe(), events(), configuration()]
   : comparison();
 page.replaceChildren(...parts.filter(Boolean), h("footer", {}, "Made by VARL. This page holds everything it shows and asks no server for anything."));
 const links = sections.map(([id, title]) => h("a", { href: `#${id}` }, title));

@@ -69,7 +69,8 @@ def gallery(run: Path) -> dict[str, Any] | None:
 def film(run: Path) -> dict[str, Any] | None:
     """pictures/index.json with "frames" [step][prompt] and "left_out", the number of steps thinned out to keep to the budget.
 
-    In a run that shows its draws each prompt has the "real" picture that they are held against, once for all steps."""
+    In a run that shows its draws each prompt has the "real" picture that they are held against, once for all steps; of a masked model the
+    "order" in which its tokens were settled, which no weight changes: the drawing step of each."""
     index = read_json(run / "pictures/index.json")
     if not index or not index.get("steps"):
         return None
@@ -81,23 +82,30 @@ def film(run: Path) -> dict[str, Any] | None:
         real = [data_uri(last / f"{number:02d}-real.png", DRAW_SMALL, DRAW_SIDE) for number in range(len(prompts))]
         index["prompts"] = [prompt | {"real": uri} for prompt, uri in zip(prompts, real, strict=True)]
         budget += DRAWS_BYTES
+    told = read_json(run / f"pictures/step-{index['steps'][-1]:06d}/read.json") or []
+    orders = [[int(step) for cells in read.get("step") or [] for step in cells] for read in told]
+    if any(orders):
+        index["prompts"] = [prompt | {"order": order} for prompt, order in zip(index["prompts"], orders, strict=True)]
     kept = thin(index["steps"], {step: size(shots) for step, shots in frames.items()}, budget)
     return index | {"steps": kept, "frames": [frames[step] for step in kept], "left_out": len(index["steps"]) - len(kept)}
 
 
 def frame(folder: Path, prompts: int) -> list[dict[str, Any]]:
-    """What each fixed prompt looked like at one step, how it was read, what was learned from it, and its draws if it has any."""
+    """What each fixed prompt looked like at one step, how it was read, what was learned from it, and its draws if it has any. Of a masked
+    model also the "weight" of each token, its "spread" over further paths, and "at", the drawing step that was learned from if one was."""
     read = read_json(folder / "read.json") or [{}] * prompts
     return [
         {
             "picture": data_uri(folder / f"{number:02d}.png"),
-            "reward": read[number].get("reward"),
-            "found": read[number].get("found") or [],
-            "mask": ["".join(str(int(cell)) for cell in cells) for cells in read[number].get("mask") or []],
-            "advantage": [[short(cell) for cell in cells] for cells in read[number].get("advantage") or []],
-            **(draws(folder, number, read[number]["draws"]) if read[number].get("draws") else {}),
+            "reward": told.get("reward"),
+            "found": told.get("found") or [],
+            "mask": ["".join(str(int(cell)) for cell in cells) for cells in told.get("mask") or []],
+            "advantage": [[short(cell) for cell in cells] for cells in told.get("advantage") or []],
+            **{name: [short(cell) for cells in told[name] for cell in cells] for name in ("weight", "spread") if name in told},
+            **({"at": told["at"]} if "at" in told else {}),
+            **(draws(folder, number, told["draws"]) if told.get("draws") else {}),
         }
-        for number in range(prompts)
+        for number, told in enumerate(read[:prompts])
     ]
 
 
