@@ -192,6 +192,19 @@ def test_only_the_moves_that_count_are_scored():
     assert (score.entropy[1:, 1::2] == 0).all()
 
 
+@pytest.mark.parametrize("referred", [False, True])
+def test_rows_without_a_scored_move_add_nothing(referred):
+    policy = make()
+    if referred:
+        policy.reference = make(seed=1).module
+    rollout = policy.rollout(PROMPTS, stream(4))
+    score = policy.score(narrowed(rollout, torch.zeros_like(rollout.chain.scored)))
+    assert (score.logp == 0).all()
+    assert (score.kl is not None) == referred
+    score.logp.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in policy.module.parameters())
+
+
 def test_ill_conditioned_moves_are_not_admitted():
     rollout = make().rollout(PROMPTS, stream(4))
     assert rollout.chain.scored[0, 0].tolist() == [False, True, True, True, True, True, False, False]

@@ -423,10 +423,14 @@ class MaskedPolicy(ActingPolicy):
                 scoring = score_trained if self.trains_head else score_frozen
                 columns.append(scoring(moves, heads[0], z[0], (heads[1], z[1]) if len(models) > 1 else None))
             places.append((b, l))
-        where = tuple(torch.cat(axis) for axis in zip(*places, strict=True))
-        values = [torch.cat(column) for column in zip(*columns, strict=True)]
         zeros = torch.zeros(scored.shape[:2], device=path.device)
-        logp, entropy, *reference = (zeros.index_put(where, value) for value in values)
+        if not places:  # rows that add nothing; with a gradient all the same, which is 0
+            logp = zeros + 0.0 * next(p for p in self.module.parameters() if p.requires_grad).flatten()[0]
+            return Score(
+                logp=logp, entropy=zeros, ref_logp=None if self.reference is None else zeros, kl=None if self.reference is None else logp
+            )
+        where = tuple(torch.cat(axis) for axis in zip(*places, strict=True))
+        logp, entropy, *reference = (zeros.index_put(where, torch.cat(column)) for column in zip(*columns, strict=True))
         ref_logp, kl = reference or (None, None)
         return Score(logp=logp, entropy=entropy, ref_logp=ref_logp, kl=kl)
 
