@@ -3,7 +3,7 @@
     python benchmarks/mar_grpo_ablation.py [--out runs/mar-ablation] [--steps 24] [--seeds 3] [--jobs 2] [--only NAME ...] [--report]
 
 Every arm is `varl train` on mar_grpo/glyphs_cpu with one switch changed, over several seeds, at equal judged pictures (but for `rewarded`,
-which judges M + 1 times as many); then 1,536 pictures are drawn at temperature 1 and judged by the classifier that paid and by the one that
+which judges M + 1 times as many); then 1,152 pictures are drawn at temperature 1 and judged by the classifier that paid and by the one that
 did not. Runs that are there already are not repeated, so it may be stopped at any time; --report only reads."""
 
 import argparse
