@@ -71,8 +71,8 @@ def asked(count: int) -> tuple[list[Prompt], Stream]:
 
 ROLLOUTS = {
     "6x6, n = 16": (6, 16, 25, 8, 96, 96),
-    "16x16, n = 16": (16, 16, 25, 2, 96, 96),
-    "16x16, n = 64": (16, 64, 25, 1, 96, 96),
+    "16x16, n = 16": (16, 16, 10, 2, 96, 96),
+    "16x16, n = 64": (16, 64, 10, 1, 96, 96),
     "32x32, n = 64": (32, 64, 10, 1, 64, 64),
 }
 """Grid, steps, moves, pictures, width of the transformer, of the head."""
@@ -112,7 +112,7 @@ def full_grid(policy: MaskedPolicy, prompts: Sequence[Prompt], rng: Stream) -> T
 def drawing(device: torch.device, budget: float) -> list[list[object]]:
     rows = []
     for name, (grid, steps, moves, count, width, head) in ROLLOUTS.items():
-        for law in (PLAIN, GUIDED) if grid < 32 else (PLAIN,):
+        for law in (PLAIN, GUIDED) if steps == 16 else (PLAIN,):
             policy = new_policy(grid, steps, moves, width=width, depth=2, head=head, law=law)
             prompts, rng = asked(count)
             apart = (policy.rollout(prompts, rng).actions[:, :, -1] - full_grid(policy, prompts, rng)).abs().max().item()
@@ -120,7 +120,7 @@ def drawing(device: torch.device, budget: float) -> list[list[object]]:
                 "ours": lambda policy=policy, prompts=prompts, rng=rng: policy.rollout(prompts, rng),
                 "grid": lambda policy=policy, prompts=prompts, rng=rng: full_grid(policy, prompts, rng),
             }
-            taken = alternate(sides, device, budget / 7, least=3)
+            taken = alternate(sides, device, budget / 6, least=3)
             ratio = taken["grid"] / taken["ours"]
             cells = [spread(taken["grid"]), spread(taken["ours"]), f"**{ratio.median():.1f}** ({spread(ratio, digits=1)})", f"{apart:.0e}"]
             rows.append([f"{name}, T = {moves}, {count} pictures{', guided' if law.guided else ''}", len(ratio), *cells])
