@@ -802,6 +802,24 @@ def test_what_a_masked_run_lacks(masked, config):
     assert problem.startswith("unmasking: this model does not choose in which order it draws.")
 
 
+def test_pretraining_of_a_mar(masked):
+    """Of 8 tokens 6, 7 or 8 are masked, with the odds of a normal around 1 of deviation 1/4 between 0.7 and 1; each at two times."""
+    odds = {6: (0.1587 - 0.1151) / 0.3849, 7: (0.3085 - 0.1587) / 0.3849, 8: (0.5 - 0.3085) / 0.3849}
+    base = PretrainConfig(model=TINY_MAR, data=masked.data, tokenizer_steps=5, tokenizer_batch=3, steps=7, batch=2)
+    found = plan(base, calibrate=False)
+    assert found.problems == ()
+    assert [(u.name, u.count) for u in found.updates] == [("tokenizer", 5), ("transformer", 7)]
+    family, w = masked_family(masked), 20
+    missing = sum(count * p for count, p in odds.items())
+    into_head, time = 2 * 4 * w, 2 * (256 * w + w * w)
+    head = 3 * 2 * 24 * w + 2 * (3 * head_move() - into_head + 3 * time - 2 * 256 * w)
+    passes = 3 * sum(p * family.seeing(8 - count).flops for count, p in odds.items())
+    assert found.updates[1].flops["train"] == pytest.approx(2 * (passes + missing * head), rel=2e-3)
+    assert found.updates[1].trained == 15
+    assert found.memory["gradients"] == found.memory["weights"] == 4 * found.parameters["transformer"]
+    assert [u.name for u in plan(replace(base, init=masked.model), calibrate=False).updates] == ["transformer"]
+
+
 # ---- pre-training, and words ------------------------------------------------------------------------------------------------------------
 
 

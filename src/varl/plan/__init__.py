@@ -7,7 +7,7 @@ import torch
 
 from varl.algorithms.var_rl import VARRL
 from varl.build import build_algorithm, new_policy, trains_head
-from varl.config import ClassifierConfig, FolderConfig, MARConfig, PicturesConfig, PretrainConfig, RunConfig, WordsConfig
+from varl.config import ClassifierConfig, FolderConfig, MARConfig, PicturesConfig, PretrainConfig, RunConfig, UnmaskingConfig, WordsConfig
 from varl.models.classifier import Classifier
 from varl.plan.cost import (
     classifier_memory,
@@ -21,7 +21,13 @@ from varl.plan.cost import (
     run_updates,
     weights_of,
 )
-from varl.plan.denoising import check, denoising_memory, denoising_updates
+from varl.plan.denoising import (
+    check,
+    denoising_memory,
+    denoising_updates,
+    masked_pretraining_memory,
+    masked_pretraining_updates,
+)
 from varl.plan.families import AnyFamily, MaskedFamily, as_family, family_of
 from varl.plan.missing import attempt, check_prompts, check_regions, check_size, config_of, data_of, doubts, judge_of, pair_of
 from varl.plan.words import Plan, format_plan, in_bytes
@@ -123,16 +129,19 @@ def _of_pretraining(config: PretrainConfig, calibrate: bool) -> Plan:
             updates=classifier_updates(config, classifier),
         )
         return _finished(plan, device, config.dtype, max(config.model.widths), calibrate)
-    family = family_of(config.model)
+    family = family_of(config.model, UnmaskingConfig(steps=1, denoise_steps=1) if isinstance(config.model, MARConfig) else None)
+    if isinstance(family, MaskedFamily):
+        updates, memory, width = masked_pretraining_updates(config, family), masked_pretraining_memory(config, family), family.width
+    else:
+        updates, memory, width = pretraining_updates(config, family), pretraining_memory(config, family), family.model.config.width
     plan = Plan(
         problems=tuple(problems),
         layout=family.layout,
         parameters=_parameters(family),
-        memory=pretraining_memory(config, family),
+        memory=memory,
         available=device_memory(device),
-        updates=pretraining_updates(config, family),
+        updates=updates,
     )
-    width = config.model.encoder.width if isinstance(config.model, MARConfig) else config.model.width
     return _finished(plan, device, config.dtype, width, calibrate)
 
 

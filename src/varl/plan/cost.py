@@ -12,7 +12,7 @@ from varl.build import needs_reference
 from varl.config import MARGRPOConfig, OptimConfig, PretrainConfig, RunConfig, VAPIConfig, VARRLConfig
 from varl.errors import ConfigError
 from varl.models.classifier import Classifier
-from varl.plan.families import Family, autoencoder_cost, classifier_cost, decoder_cost, encoder_cost
+from varl.plan.families import AnyFamily, Family, autoencoder_cost, classifier_cost, decoder_cost, encoder_cost
 from varl.policies.sampling import CHUNK_ELEMENTS
 from varl.train.optim import build_optimizer
 
@@ -258,15 +258,20 @@ def pretraining_updates(config: PretrainConfig, family: Family) -> tuple[Update,
     return tuple(kind for kind in both if kind.count)
 
 
-def pretraining_memory(config: PretrainConfig, family: Family) -> dict[str, int]:
-    """Bytes by part, in the phase that holds more."""
-    size, weights = 2 if config.dtype == "bfloat16" else 4, 4 * weights_of(family.model)
-    memory = {
+def pretraining_weights(config: PretrainConfig, family: AnyFamily) -> dict[str, int]:
+    """Bytes that both phases hold."""
+    weights = 4 * weights_of(family.model)
+    return {
         "weights": weights,
         "gradients": weights,
         "optimizer": optimizer_bytes(family.model, config.optim),
         "tokenizer, its gradients and optimizer": 16 * weights_of(family.tokenizer),
     }
+
+
+def pretraining_memory(config: PretrainConfig, family: Family) -> dict[str, int]:
+    """Bytes by part, in the phase that holds more."""
+    size, memory = 2 if config.dtype == "bfloat16" else 4, pretraining_weights(config, family)
     tokenizer_phase = {"activations": config.tokenizer_batch * autoencoder_cost(family).saved * size // 4}
     transformer_phase = training_bytes(family, family.layout.steps, config.batch, size)
     return held(memory | max(tokenizer_phase, transformer_phase, key=lambda part: sum(part.values())))

@@ -1,10 +1,12 @@
 """What a run on a masked model costs: its transformer is asked once for each step, its head for each move of each token."""
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from varl.algorithms.mar_grpo import require_moves, require_steps
 from varl.build import needs_reference
-from varl.config import GRPOConfig, MARGRPOConfig, RunConfig
+from varl.config import GRPOConfig, MARGRPOConfig, PretrainConfig, RunConfig
 from varl.plan.cost import (
     FORWARD_AND_BACKWARD,
     Update,
@@ -14,14 +16,18 @@ from varl.plan.cost import (
     held,
     learned,
     optimizer_bytes,
+    pretraining_weights,
     weights_of,
 )
-from varl.plan.families import MaskedFamily, decoder_cost
+from varl.plan.families import MaskedFamily, autoencoder_cost, decoder_cost
 from varl.policies.masked import HEAD_COPIES
 from varl.policies.sampling import CHUNK_ELEMENTS
+from varl.pretrain.masked import TIMES, mask_share
 
 PATHS = "denoising paths of pictures"
 """Name of an update."""
+QUANTILES = 64
+"""At which the share of masked tokens is taken for a mean."""
 
 
 def denoising_of(config: RunConfig) -> MARGRPOConfig:
@@ -204,3 +210,51 @@ def training_memory(does: Denoising, size: int) -> dict[str, int]:
         return {"activations": round(activations), "head": round((kept + (most if max(moves) > most else 0)) * move)}
     vectors = rows * does.over_steps(lambda i: does.trained[i]) * (1 + does.further) * halves * (1 + does.reference) * family.width * 4
     return {"activations": round(activations), "head": round(min(most, max(moves)) * move), "derivatives": round(vectors)}
+
+
+# ---- pre-training -----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Masks:
+    """What a picture of pre-training costs, in the mean over the share of its tokens that is masked."""
+
+    missing: float
+    """Tokens."""
+    flops: float
+    """Of the transformer and the head, with their backward passes."""
+    saved: float
+    """Bytes."""
+
+
+def masks(family: MaskedFamily) -> Masks:
+    tokens = family.layout.tokens
+    counts = [math.ceil(tokens * mask_share((i + 0.5) / QUANTILES)) for i in range(QUANTILES)]
+    missing, passes = sum(counts) / QUANTILES, [family.seeing(tokens - count) for count in counts]
+    reading, moving = family.reading(learns=True), family.moving(learns=True)
+    head = reading.flops + TIMES * (moving.flops + family.making(learns=True) / family.moves)
+    return Masks(
+        missing=missing,
+        flops=FORWARD_AND_BACKWARD * sum(cost.flops for cost in passes) / QUANTILES + missing * head,
+        saved=sum(cost.saved for cost in passes) / QUANTILES + missing * (reading.saved + TIMES * moving.saved),
+    )
+
+
+def masked_pretraining_updates(config: PretrainConfig, family: MaskedFamily) -> tuple[Update, ...]:
+    """The autoencoder's, if it is trained, and that of transformer and head."""
+    mean, autoencoder = masks(family), FORWARD_AND_BACKWARD * config.tokenizer_batch * autoencoder_cost(family).flops
+    counts = (config.tokenizer_steps if config.trains_tokenizer else 0, config.steps)
+    tokens = (config.tokenizer_batch * family.layout.tokens, round(config.batch * mean.missing))
+    kinds = zip(("tokenizer", "transformer"), counts, tokens, (autoencoder, config.batch * mean.flops), strict=True)
+    return tuple(
+        Update(name=name, count=count, judged=0, drawn=0, trained=trained, flops={"train": flops})
+        for name, count, trained, flops in kinds
+        if count
+    )
+
+
+def masked_pretraining_memory(config: PretrainConfig, family: MaskedFamily) -> dict[str, int]:
+    """Bytes by part, in the phase that holds more."""
+    size = 2 if config.dtype == "bfloat16" else 4
+    phases = (config.tokenizer_batch * autoencoder_cost(family).saved, config.batch * masks(family).saved)
+    return pretraining_weights(config, family) | {"activations": round(max(phases) * size / 4)}
