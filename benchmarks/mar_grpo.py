@@ -71,9 +71,9 @@ def asked(count: int) -> tuple[list[Prompt], Stream]:
 
 ROLLOUTS = {
     "6x6, n = 16": (6, 16, 25, 8, 96, 96),
-    "16x16, n = 16": (16, 16, 10, 2, 96, 96),
-    "16x16, n = 64": (16, 64, 10, 1, 96, 96),
-    "32x32, n = 64": (32, 64, 10, 1, 64, 64),
+    "16x16, n = 16": (16, 16, 25, 2, 96, 96),
+    "16x16, n = 64": (16, 64, 25, 1, 96, 96),
+    "32x32, n = 64": (32, 64, 25, 1, 64, 64),
 }
 """Grid, steps, moves, pictures, width of the transformer, of the head."""
 
