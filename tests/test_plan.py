@@ -5,11 +5,12 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from tabular import InstantJudge, brightness
-from tiny import TINY, WIDE_RASTER, save_tiny, word_file, write_pictures
-from varl.build import PromptSets, build_algorithm, build_prompts, new_policy
+from tiny import TINY, TINY_MAR, WIDE_RASTER, save_tiny, word_file, write_pictures
+from varl.build import PromptSets, build_algorithm, build_policy, build_prompts, new_policy
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.llamagen import released
 from varl.checkpoints.model import fresh
@@ -21,6 +22,7 @@ from varl.config import (
     GlyphsConfig,
     GRPOConfig,
     LawConfig,
+    MARGRPOConfig,
     MiddleStep,
     OCRConfig,
     OptimConfig,
@@ -30,6 +32,7 @@ from varl.config import (
     ReconstructionConfig,
     RunConfig,
     TrainConfig,
+    UnmaskingConfig,
     VAPIConfig,
     VARRLConfig,
     WeightedReward,
@@ -38,7 +41,8 @@ from varl.config import (
 from varl.data.folder import write_folder
 from varl.plan import format_plan, plan
 from varl.plan.cost import IN_CONTEXT, contexts_of, matmul_speed, optimizer_bytes, run_updates
-from varl.plan.families import autoencoder_cost, cost, decoder_cost, encoder_cost, family_of
+from varl.plan.denoising import PATHS
+from varl.plan.families import MaskedFamily, autoencoder_cost, cost, decoder_cost, encoder_cost, family_of
 from varl.plan.words import in_bytes, in_time
 from varl.policies.raster import RasterPolicy
 from varl.rng import Stream
@@ -382,7 +386,7 @@ def test_pictures_that_micro_batches_cut_apart(real):
     """Chunks of 2 and 1 pictures, 4 rows each: in pieces of 3, rows 0-2 3-5 6-7 and 0-2 3."""
     for most, held in ((8, [[2], [1]]), (4, [[1, 1], [1]]), (3, [[1, 2, 1], [1, 1]]), (1, [[1] * 8, [1] * 4])):
         config = replace(real, train=replace(real.train, rollouts_per_backward=most))
-        assert contexts_of(config, real.algorithm) == held
+        assert contexts_of(config, real.algorithm, 8) == held
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
@@ -617,6 +621,203 @@ def test_doubts_about_va_pi(real):
     assert warning.endswith("training passes in a step for 3 pictures. Set a multiple of 4.")
     (warning,) = said(13)
     assert warning == "train.rollouts_per_backward=13 is more than the 12 rows (draws and own tokens) of a step: a step is one piece."
+
+
+# ---- the masked family ------------------------------------------------------------------------------------------------------------------
+
+COUNTS, MOVES = (2, 2, 4), 8
+"""Tokens of each of 3 steps; moves, of which t = 2 .. 6 are admissible."""
+MAR_KNOWN = 0 + 2 + 4
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    """P = 2, G = 4, one prompt in a chunk, all steps, 3 moves, 2 further paths that are trained on."""
+    folder = tmp_path_factory.mktemp("masked")
+    return RunConfig(
+        model=str(save_tiny(folder / "base", TINY_MAR)),
+        data=PicturesConfig(path=str(write_pictures(folder / "pictures")), image_size=(16, 32)),
+        rewards=TOY,
+        algorithm=mar_grpo(),
+        unmasking=UnmaskingConfig(steps=3, denoise_steps=MOVES),
+        train=TrainConfig(steps=5, prompts_per_step=2, rollouts_per_backward=6, save_every=2, device="cpu"),
+    )
+
+
+def mar_grpo(beta: float = 0.0, loss_type="dapo", **changes) -> MARGRPOConfig:
+    grpo = GRPOConfig(num_generations=4, rollouts_per_chunk=4, beta=beta, loss_type=loss_type)
+    own = {"ar_steps": 0, "denoise_moves": 3, "num_trajectories": 2, "trajectories": "include_primary", "uncertain_fraction": 1.0}
+    return MARGRPOConfig(grpo=grpo, **(own | changes))
+
+
+def masked_family(config) -> MaskedFamily:
+    family = family_of(TINY_MAR, config.unmasking)
+    assert isinstance(family, MaskedFamily)
+    return family
+
+
+def head_move() -> int:
+    """Operations of a move of one token: into the head, two blocks, out to mean and variance."""
+    d, w = 4, 20
+    return 2 * (d * w + 2 * (3 * w * w + 2 * w * w) + 2 * w * w + 2 * d * w)
+
+
+def test_operations_of_a_masked_pass_by_hand(masked):
+    """The encoder sees 2 buffer places and the known tokens, the decoder all 10; attention is written out."""
+    family = masked_family(masked)
+    assert (family.counts, family.known, family.admissible) == (COUNTS, (0, 2, 4), 5)
+
+    def block(width, seen):
+        return seen * 12 * width * width + 2 * width * seen * seen
+
+    for known in (0, 3, 7):
+        by_hand = known * 4 * 16 + block(16, 2 + known) + (2 + known) * 16 * 24 + block(24, 10)
+        assert family.seeing(known).flops == 2 * by_hand
+        assert family.seeing(known) == cost(lambda known=known: family._see(known), family.model)
+    assert family.reading().flops == 2 * 24 * 20
+    assert family.moving().flops == head_move()
+    assert family.making() == 2 * MOVES * (256 * 20 + 20 * 20)
+    assert family.condition().flops == 0
+
+
+def test_mar_grpo_by_hand(masked):
+    """Each picture: 3 passes, 8 tokens of 8 moves; 2 further paths of each token; 3 moves of each path trained on."""
+    (step,) = updates(masked).values()
+    family, making = masked_family(masked), 2 * MOVES * (256 * 20 + 20 * 20)
+    passes, read, move = sum(family.seeing(n).flops for n in (0, 2, 4)), 2 * 24 * 20, head_move()
+    assert (step.name, step.count, step.judged, step.drawn, step.trained) == (PATHS, 5, 8, 8 * 8 * 3, 8 * 8)
+    assert step.flops["rollout"] == 8 * (passes + 8 * (read + 8 * move)) + 2 * making
+    assert step.flops["paths"] == 8 * 2 * 8 * (read + 8 * move) + 2 * making
+    into = 2 * 4 * 20  # what goes into the head is given
+    scored = 8 * 8 * 3 * (2 * read + 3 * (2 * move - into))
+    assert step.flops["train"] == 8 * 3 * passes + scored + 4 * making
+    for changes, judged in (({"trajectories": "rewarded"}, 24), ({"trajectories": "precision_weight"}, 8)):
+        (other,) = updates(masked, algorithm=mar_grpo(**changes)).values()
+        assert other.judged == judged
+        assert other.flops["decode"] == judged * decoder_cost(family).flops
+    (damped,) = updates(masked, algorithm=mar_grpo(trajectories="precision_weight")).values()
+    assert damped.flops["train"] == 8 * 3 * passes + scored / 3 + 2 * making
+
+
+def test_some_steps_and_moves_are_a_share_of_all(masked):
+    (whole,), (some,) = (updates(masked, algorithm=mar_grpo(ar_steps=steps)).values() for steps in (3, 1))
+    making = 4 * masked_family(masked).making()
+    assert some.flops["train"] - making == pytest.approx((whole.flops["train"] - making) / 3)
+    assert some.flops["rollout"] == whole.flops["rollout"]
+    assert some.trained == round(8 * 8 / 3)
+
+
+class Operations(TorchDispatchMode):
+    """Of the products in it; torch's counter cannot look into a backward pass that starts inside of it."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+GUIDED = LawConfig(cfg_scale=(2.0,))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "sample", "score"),
+    [
+        (GRPOConfig(num_generations=4, rollouts_per_chunk=4, beta=0.1), LawConfig(), LawConfig()),
+        (mar_grpo(), GUIDED, LawConfig()),
+        (mar_grpo(beta=0.1, trajectories="rewarded"), GUIDED, GUIDED),
+        (mar_grpo(beta=0.1, loss_type="grpo", trajectories="release", support="unknown", consistency=-3.0), GUIDED, GUIDED),
+    ],
+    ids=["grpo", "guided, scored without", "rewarded", "release"],
+)
+def test_operations_of_a_masked_step_are_those_of_a_real_one(masked, algorithm, sample, score):
+    """But for the first layer: no gradient goes on from it to the tokens, which a training pass of three forward ones counts."""
+    config = replace(masked, algorithm=algorithm, sample_law=sample, score_law=score)
+    policy = build_policy(config, torch.device("cpu"), reference=algorithm.grpo.beta > 0)
+    method, prompts = build_algorithm(algorithm, policy), [Prompt(label=0), Prompt(label=2)]
+    with sdpa_kernel(SDPBackend.MATH), Operations() as counter:
+        for piece in method.collect(policy, prompts, InstantJudge(brightness), Stream(seed=0, rows=(0, 1)), 0):
+            for part in piece.split(6):
+                (-method.objective(policy, part)[0]).backward()
+    (step,) = updates(config).values()
+    first = 2 * 4 * 16 * MAR_KNOWN * 8 * (1 + score.guided)
+    assert counter.total == sum(step.flops.values()) - first
+
+
+def test_rows_of_further_paths_and_of_steps(masked):
+    """A picture and its 2 further paths are 3 rows; with support=unknown each of its steps has 3."""
+    assert contexts_of(masked, masked.algorithm, 3) == [[2, 2], [2, 2]]
+    unknown = mar_grpo(loss_type="grpo", support="unknown", trajectories="release", ar_steps=2)
+    assert contexts_of(masked, unknown, 3) == [[2] * 4, [2] * 4]
+    assert contexts_of(masked, mar_grpo(trajectories="precision_weight"), 3) == [[4], [4]]
+    cut = replace(masked, train=replace(masked.train, rollouts_per_backward=4))
+    (warning,) = plan(cut, calibrate=False).warnings
+    assert (
+        "rollouts_per_backward=4 cuts pictures apart, each of which has 3 rows, its own path and the further ones: 12 training" in warning
+    )
+    assert plan(masked, calibrate=False).warnings == ()
+    many = replace(masked, train=replace(masked.train, rollouts_per_backward=25))
+    assert "is more than the 24 rows (steps and further paths) of a step" in plan(many, calibrate=False).warnings[0]
+
+
+def test_memory_of_mar_grpo_by_hand(masked):
+    """Two pictures in a micro-batch. A frozen head has no gradients, and neither moves nor paths make the graph larger."""
+    model, _ = fresh(TINY_MAR)
+    weights, frozen = (4 * sum(p.numel() for p in part.parameters()) for part in (model, model.head))
+    family, found = masked_family(masked), plan(masked, calibrate=False).memory
+    assert (found["weights"], found["gradients"], found["optimizer"]) == (weights, weights - frozen, 2 * (weights - frozen))
+    assert found["activations"] == 2 * sum(family.seeing(n).saved for n in (0, 2, 4))
+    assert found["paths"] == 4 * 3 * 4 * 8 * (9 * 4 + 8)
+    assert found["latents"] == 4 * 4 * 8 * 24
+    assert found["derivatives"] == 2 * 3 * 8 * 24 * 4
+    for changes in ({"denoise_moves": 5}, {"num_trajectories": 3}):
+        more = plan(replace(masked, algorithm=mar_grpo(**changes)), calibrate=False).memory
+        assert more["activations"] in (found["activations"], found["activations"] // 2)  # 6 rows hold 1 picture with 3 further paths
+    learns = plan(replace(masked, algorithm=mar_grpo(train_head=True)), calibrate=False).memory
+    assert learns["gradients"] == weights
+    assert "derivatives" not in learns
+    assert learns["head"] > found["head"]
+
+
+def test_a_masked_plan_in_words(masked):
+    text = format_plan(plan(masked, calibrate=False))
+    assert "picture     8 tokens in 3 steps, 2x4\n" in text
+    assert "5 x denoising paths of pictures: 8 pictures judged, 192 tokens drawn, 64 tokens trained on; operations: rollout " in text
+    assert "nothing is missing" in text
+
+
+def test_what_a_masked_run_lacks(masked, config):
+    for changes, said in (
+        ({"unmasking": UnmaskingConfig(steps=9, denoise_steps=8)}, "9 steps for 8 tokens"),
+        ({"algorithm": mar_grpo(ar_steps=4)}, "mar_grpo.ar_steps=4: this model has 3 steps."),
+        ({"algorithm": mar_grpo(denoise_moves=6)}, "mar_grpo.denoise_moves=6: only 5 of the 8 moves are admissible."),
+    ):
+        (problem,) = lacks(masked, **changes)
+        assert problem.startswith(said)
+    (problem,) = lacks(config, algorithm=mar_grpo())
+    assert problem.startswith("mar_grpo trains on denoising paths; NextScalePolicy draws its tokens at once.")
+    (problem,) = lacks(config, unmasking=UnmaskingConfig())
+    assert problem.startswith("unmasking: this model does not choose in which order it draws.")
+
+
+def test_pretraining_of_a_mar(masked):
+    """Of 8 tokens 6, 7 or 8 are masked, with the odds of a normal around 1 of deviation 1/4 between 0.7 and 1; each at two times."""
+    odds = {6: (0.1587 - 0.1151) / 0.3849, 7: (0.3085 - 0.1587) / 0.3849, 8: (0.5 - 0.3085) / 0.3849}
+    base = PretrainConfig(model=TINY_MAR, data=masked.data, tokenizer_steps=5, tokenizer_batch=3, steps=7, batch=2)
+    found = plan(base, calibrate=False)
+    assert found.problems == ()
+    assert [(u.name, u.count) for u in found.updates] == [("tokenizer", 5), ("transformer", 7)]
+    family, w = masked_family(masked), 20
+    missing = sum(count * p for count, p in odds.items())
+    into_head, time = 2 * 4 * w, 2 * (256 * w + w * w)
+    head = 3 * 2 * 24 * w + 2 * (3 * head_move() - into_head + 3 * time - 2 * 256 * w)
+    passes = 3 * sum(p * family.seeing(8 - count).flops for count, p in odds.items())
+    assert found.updates[1].flops["train"] == pytest.approx(2 * (passes + missing * head), rel=2e-3)
+    assert found.updates[1].trained == 15
+    assert found.memory["gradients"] == found.memory["weights"] == 4 * found.parameters["transformer"]
+    assert [u.name for u in plan(replace(base, init=masked.model), calibrate=False).updates] == ["transformer"]
 
 
 # ---- pre-training, and words ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,18 @@ from PIL import Image
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.model import fresh
 from varl.cli import main
-from varl.config import ModelConfig, NextScaleConfig, RasterConfig, TextConfig, TokenizerConfig, VQConfig
+from varl.config import (
+    DiffusionHeadConfig,
+    KLConfig,
+    MARConfig,
+    ModelConfig,
+    NextScaleConfig,
+    RasterConfig,
+    TextConfig,
+    TokenizerConfig,
+    ViTConfig,
+    VQConfig,
+)
 from varl.models.raster import Raster
 
 TINY = NextScaleConfig(
@@ -43,6 +54,17 @@ WIDE_RASTER = RasterConfig(
     tokenizer=VQConfig(vocab=16, channels=4, latent=8, width=16, multipliers=(1,), blocks=1, attention=False, patch=8),
 )
 """8 tokens, 16x32 pixels, 3 classes."""
+
+TINY_MAR = MARConfig(
+    encoder=ViTConfig(depth=1, width=16, heads=2),
+    decoder=ViTConfig(depth=1, width=24, heads=2),
+    head=DiffusionHeadConfig(depth=2, width=20),
+    grid=(2, 4),
+    num_classes=3,
+    buffer=2,
+    tokenizer=KLConfig(channels=4, width=32, multipliers=(1,), blocks=1, attention=False, patch=8),
+)
+"""8 tokens of 4 numbers, 16x32 pixels, 3 classes."""
 
 
 def save_tiny(path: Path, config: ModelConfig = TINY) -> Path:

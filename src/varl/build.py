@@ -92,7 +92,7 @@ def build_policy(config: RunConfig, device: torch.device, *, reference: bool) ->
     pair = model_folder.load(model_path(config.model))
     policy = new_policy(pair, device, config.sample_law, config.score_law, dtype, config.unmasking)
     if isinstance(policy, MaskedPolicy):
-        policy.train_head(not isinstance(config.algorithm, MARGRPOConfig) or config.algorithm.train_head)
+        policy.train_head(trains_head(config.algorithm))
     if reference:
         fixed: dict[int, Any] = {id(p): p for p in policy.module.parameters() if not p.requires_grad}
         policy.reference = copy.deepcopy(policy.module, fixed).eval().requires_grad_(False)  # type: ignore[assignment]
@@ -140,6 +140,11 @@ def new_policy(
         case (NOVA(), KL()):
             raise ConfigError("the model is a NOVA, which can be loaded and compared, and draws no pictures yet. Give another model.")
     assert_never(pair)
+
+
+def trains_head(config: AlgorithmConfig) -> bool:
+    """Whether the diffusion head of a masked model learns too."""
+    return not isinstance(config, MARGRPOConfig) or config.train_head
 
 
 def require_unmasking(config: ActingConfig, unmasking: UnmaskingConfig | None) -> None:

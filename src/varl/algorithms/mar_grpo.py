@@ -131,21 +131,30 @@ def narrowed(rollout: Rollout, scored: Bool[Tensor, "B L N"]) -> Rollout:
     )
 
 
-def chosen_steps(rng: Stream, steps: int, count: int) -> Bool[Tensor, "B S"]:
-    """The `count` steps to train each row on; 0 is all."""
+def require_steps(count: int, steps: int) -> None:
+    """ConfigError for more steps to train on than there are."""
     if count > steps:
         raise ConfigError(f"mar_grpo.ar_steps={count}: this model has {steps} steps. Set at most that, or 0 for all.")
+
+
+def require_moves(count: int, admissible: int, moves: int) -> None:
+    """ConfigError for more moves to train on than are admissible."""
+    if count > admissible:
+        raise ConfigError(
+            f"mar_grpo.denoise_moves={count}: only {admissible} of the {moves} moves are admissible. Set at most that, or 0 for all."
+        )
+
+
+def chosen_steps(rng: Stream, steps: int, count: int) -> Bool[Tensor, "B S"]:
+    """The `count` steps to train each row on; 0 is all."""
+    require_steps(count, steps)
     return stratified(rng.at("steps").uniform(), steps, count or steps)
 
 
 def chosen_moves(rng: Stream, admissible: Bool[Tensor, "B L N"], count: int) -> Bool[Tensor, "B L N"]:
     """`count` of the admissible moves of each token; 0 is all."""
     moves = admissible.flatten(0, 1).any(0).nonzero().flatten()
-    if count > len(moves):
-        raise ConfigError(
-            f"mar_grpo.denoise_moves={count}: only {len(moves)} of the {admissible.shape[-1]} moves are admissible. Set at most that, or "
-            "0 for all."
-        )
+    require_moves(count, len(moves), admissible.shape[-1])
     out = torch.zeros_like(admissible)
     out[..., moves] = stratified(rng.at("moves").uniform(admissible.shape[1]), len(moves), count or len(moves)).to(out.device)
     return out & admissible

@@ -10,6 +10,7 @@ the 1000 that is. Module and parameter names are those of the released checkpoin
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 
 import torch
@@ -336,13 +337,18 @@ class DiffusionHead(nn.Module):
 # ---- the chain ------------------------------------------------------------------------------------------------------------------------
 
 
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """fp32, whatever the caller computes in. The meta device, where costs are counted, has no other precision."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 class Ancestral:
     """The head as a `Denoiser`: move 0 is the step t = N - 1, and the last, t = 0, adds no noise."""
 
     def __init__(self, head: DiffusionHead, process: Process) -> None:
         device = head.cond_embed.weight.device
         self.head, self.process, self.moves = head, process.to(device), len(process)
-        with torch.autocast(device.type, enabled=False):
+        with full_precision(device):
             self.time: Float[Tensor, "N W"] = head.time_embed(self.process.timesteps)
         self.noisy: Bool[Tensor, " N"] = torch.arange(self.moves) < self.moves - 1
         self.admissible: Bool[Tensor, " N"] = self.noisy.clone()
@@ -351,7 +357,7 @@ class Ancestral:
             self.admissible[[0, -2]] = False
 
     def read(self, z: Float[Tensor, "R E"]) -> Float[Tensor, "R W"]:
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z.device):
             return self.head.cond_embed(z.float())
 
     def law(
@@ -363,7 +369,7 @@ class Ancestral:
         guidance: Float[Tensor, "R 1"] | None,
     ) -> tuple[Float[Tensor, "R d"], Float[Tensor, "R d"]]:
         says_velocity = self.head.config.target == "velocity"
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             x, t = x.float(), self.moves - 1 - move
             time = self.time[t]
             if unguided is None or guidance is None:

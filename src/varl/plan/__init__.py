@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 
 from varl.algorithms.var_rl import VARRL
-from varl.build import build_algorithm, new_policy
-from varl.config import ClassifierConfig, FolderConfig, MARConfig, PicturesConfig, PretrainConfig, RunConfig, WordsConfig
+from varl.build import build_algorithm, new_policy, trains_head
+from varl.config import ClassifierConfig, FolderConfig, MARConfig, PicturesConfig, PretrainConfig, RunConfig, UnmaskingConfig, WordsConfig
 from varl.models.classifier import Classifier
 from varl.plan.cost import (
     classifier_memory,
@@ -21,9 +21,17 @@ from varl.plan.cost import (
     run_updates,
     weights_of,
 )
-from varl.plan.families import Family, as_family, family_of
+from varl.plan.denoising import (
+    check,
+    denoising_memory,
+    denoising_updates,
+    masked_pretraining_memory,
+    masked_pretraining_updates,
+)
+from varl.plan.families import AnyFamily, MaskedFamily, as_family, family_of
 from varl.plan.missing import attempt, check_prompts, check_regions, check_size, config_of, data_of, doubts, judge_of, pair_of
 from varl.plan.words import Plan, format_plan, in_bytes
+from varl.policies.masked import MaskedPolicy
 
 __all__ = ["Plan", "device_of", "format_plan", "plan"]
 
@@ -62,7 +70,9 @@ def _of_run(config: RunConfig, calibrate: bool) -> Plan:
     if pair is None:
         return Plan(problems=tuple(problems), warnings=tuple(warnings), rewards=said)
     model_config = pair[0].config
-    policy = attempt(problems, new_policy, pair, sample_law=config.sample_law, score_law=config.score_law)
+    policy = attempt(problems, new_policy, pair, sample_law=config.sample_law, score_law=config.score_law, unmasking=config.unmasking)
+    if isinstance(policy, MaskedPolicy):
+        policy.train_head(trains_head(config.algorithm))
     check_prompts(problems, data.prompts, model_config)
     algorithm = None if policy is None else attempt(problems, build_algorithm, config.algorithm, policy, data.pictures)
     m = attempt(problems, algorithm.middle, policy.layout) if policy and isinstance(algorithm, VARRL) else None
@@ -73,23 +83,30 @@ def _of_run(config: RunConfig, calibrate: bool) -> Plan:
         )
     else:
         check_size(problems, config.data, model_config)
-    family = as_family(pair)
-    if algorithm is None or (isinstance(algorithm, VARRL) and m is None):
-        return Plan(problems=tuple(problems), warnings=tuple(warnings), rewards=said, layout=family.layout)
-    updates = run_updates(config, family, m)
+    family = attempt(problems, as_family, pair, config.unmasking)
+    if family is None or algorithm is None or (isinstance(algorithm, VARRL) and m is None):
+        return Plan(problems=tuple(problems), warnings=tuple(warnings), rewards=said, layout=None if family is None else family.layout)
+    if isinstance(family, MaskedFamily):
+        known = len(problems)
+        attempt(problems, check, config, family)
+        if len(problems) > known:
+            return Plan(problems=tuple(problems), warnings=tuple(warnings), rewards=said, layout=family.layout)
+        updates, memory, width = denoising_updates(config, family), denoising_memory(config, family), family.width
+    else:
+        updates, memory, width = run_updates(config, family, m), run_memory(config, family, m), family.model.config.width
     plan = Plan(
         problems=tuple(problems),
-        warnings=(*warnings, *doubts(config, updates)),
+        warnings=(*warnings, *doubts(config, updates, family.layout.steps)),
         rewards=said,
         layout=family.layout,
         middle_step=m,
-        prefix_tokens=0 if m is None else family.tokens(m),
+        prefix_tokens=0 if m is None or isinstance(family, MaskedFamily) else family.tokens(m),
         parameters=_parameters(family),
-        memory=run_memory(config, family, m),
+        memory=memory,
         available=device_memory(device),
         updates=updates,
     )
-    return _finished(plan, device, config.train.dtype, family.model.config.width, calibrate)
+    return _finished(plan, device, config.train.dtype, width, calibrate)
 
 
 def _of_pretraining(config: PretrainConfig, calibrate: bool) -> Plan:
@@ -112,20 +129,23 @@ def _of_pretraining(config: PretrainConfig, calibrate: bool) -> Plan:
             updates=classifier_updates(config, classifier),
         )
         return _finished(plan, device, config.dtype, max(config.model.widths), calibrate)
-    family = family_of(config.model)
+    family = family_of(config.model, UnmaskingConfig(steps=1, denoise_steps=1) if isinstance(config.model, MARConfig) else None)
+    if isinstance(family, MaskedFamily):
+        updates, memory, width = masked_pretraining_updates(config, family), masked_pretraining_memory(config, family), family.width
+    else:
+        updates, memory, width = pretraining_updates(config, family), pretraining_memory(config, family), family.model.config.width
     plan = Plan(
         problems=tuple(problems),
         layout=family.layout,
         parameters=_parameters(family),
-        memory=pretraining_memory(config, family),
+        memory=memory,
         available=device_memory(device),
-        updates=pretraining_updates(config, family),
+        updates=updates,
     )
-    width = config.model.encoder.width if isinstance(config.model, MARConfig) else config.model.width
     return _finished(plan, device, config.dtype, width, calibrate)
 
 
-def _parameters(family: Family) -> dict[str, int]:
+def _parameters(family: AnyFamily) -> dict[str, int]:
     return {"transformer": weights_of(family.model), "tokenizer": weights_of(family.tokenizer)}
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from varl.build import needs_reference
-from varl.config import OptimConfig, PretrainConfig, RunConfig, VAPIConfig, VARRLConfig
+from varl.config import MARGRPOConfig, OptimConfig, PretrainConfig, RunConfig, VAPIConfig, VARRLConfig
 from varl.errors import ConfigError
 from varl.models.classifier import Classifier
-from varl.plan.families import Family, autoencoder_cost, classifier_cost, decoder_cost, encoder_cost
+from varl.plan.families import AnyFamily, Family, autoencoder_cost, classifier_cost, decoder_cost, encoder_cost
 from varl.policies.sampling import CHUNK_ELEMENTS
 from varl.train.optim import build_optimizer
 
@@ -32,10 +32,15 @@ def weights_of(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+def learned(module: nn.Module) -> int:
+    """Weights that are trained."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
 def optimizer_bytes(module: nn.Module, config: OptimConfig) -> int:
     """AdamW keeps two numbers a weight; Muon one for each matrix that is its own, and AdamW's two for the rest."""
     if config.name == "adamw":
-        return 8 * weights_of(module)
+        return 8 * learned(module)
     groups = build_optimizer(module, config).param_groups
     return sum((4 if group["muon"] else 8) * p.numel() for group in groups for p in group["params"])
 
@@ -115,7 +120,7 @@ def run_updates(config: RunConfig, family: Family, m: int | None) -> tuple[Updat
             drawn=prefixes * start_tokens + judged * (tokens - start_tokens),
             trained=grpo.num_iterations * sum(rows * length for rows, _, length in trained),
             flops={
-                "rollout": _branches(config) * (prompts * reading + prefixes * to_middle + judged * (to_end - to_middle)),
+                "rollout": branches(config) * (prompts * reading + prefixes * to_middle + judged * (to_end - to_middle)),
                 "decode": judged * decode,
                 "train": _passes(config) * sum(rows * flops for rows, flops, _ in trained),
             },
@@ -142,7 +147,7 @@ def _in_context(config: RunConfig, algorithm: VAPIConfig, family: Family) -> Upd
     counted all the same."""
     pictures, grpo, tokens = config.train.prompts_per_step, algorithm.grpo, family.layout.tokens
     judged, whole = pictures * grpo.num_generations, family.forward(family.layout.steps).flops
-    contexts = sum(sum(chunk) for chunk in contexts_of(config, algorithm))
+    contexts = sum(sum(chunk) for chunk in contexts_of(config, algorithm, family.layout.steps))
     return Update(
         name=IN_CONTEXT,
         count=config.train.steps,
@@ -151,14 +156,14 @@ def _in_context(config: RunConfig, algorithm: VAPIConfig, family: Family) -> Upd
         trained=grpo.num_iterations * contexts * tokens,
         flops={
             "encode": pictures * encoder_cost(family).flops,
-            "rollout": _branches(config) * pictures * whole,
+            "rollout": branches(config) * pictures * whole,
             "decode": judged * decoder_cost(family).flops,
             "train": _passes(config) * contexts * whole,
         },
     )
 
 
-def _branches(config: RunConfig) -> int:
+def branches(config: RunConfig) -> int:
     """How often a token is read while pictures are drawn."""
     return 2 if config.sample_law.guided or config.score_law.guided else 1
 
@@ -169,12 +174,27 @@ def _passes(config: RunConfig) -> int:
     return config.algorithm.grpo.num_iterations * (2 if config.score_law.guided else 1) * once
 
 
-def contexts_of(config: RunConfig, algorithm: VAPIConfig) -> list[list[int]]:
-    """Of each chunk of a step, how many pictures each micro-batch holds rows of: a picture has G + 1, side by side, and one that is cut
-    apart is in two micro-batches or more."""
-    rows, most = algorithm.grpo.num_generations + 1, config.train.rollouts_per_backward
-    pictures, at_once = config.train.prompts_per_step, max(1, algorithm.grpo.rollouts_per_chunk // algorithm.grpo.num_generations)
-    chunks = [min(at_once, pictures - start) * rows for start in range(0, pictures, at_once)]
+def further_rows(algorithm: MARGRPOConfig) -> int:
+    """How many of the further paths of a picture are trained on: all, unless they only say how far to damp."""
+    idle = algorithm.trajectories == "precision_weight" or algorithm.uncertain_fraction == 0
+    return 0 if idle else algorithm.num_trajectories
+
+
+def rows_of(algorithm: VAPIConfig | MARGRPOConfig, steps: int) -> tuple[int, int]:
+    """(contexts of a prompt, rows of each, side by side, which share its forward pass), of a model of so many steps. VA-pi's is a picture
+    with its draws and its own tokens; MAR-GRPO's a picture it drew, or with support=unknown one of its steps, with the further paths."""
+    if isinstance(algorithm, VAPIConfig):
+        return 1, algorithm.grpo.num_generations + 1
+    each = (algorithm.ar_steps or steps) if algorithm.support == "unknown" else 1
+    return algorithm.grpo.num_generations * each, 1 + further_rows(algorithm)
+
+
+def contexts_of(config: RunConfig, algorithm: VAPIConfig | MARGRPOConfig, steps: int) -> list[list[int]]:
+    """Of each chunk of a step, how many contexts each micro-batch holds rows of: one that is cut apart is in two micro-batches or more."""
+    contexts, rows = rows_of(algorithm, steps)
+    most, prompts = config.train.rollouts_per_backward, config.train.prompts_per_step
+    at_once = max(1, algorithm.grpo.rollouts_per_chunk // algorithm.grpo.num_generations)
+    chunks = [min(at_once, prompts - start) * contexts * rows for start in range(0, prompts, at_once)]
     return [[(min(first + most, end) - 1) // rows - first // rows + 1 for first in range(0, end, most)] for end in chunks]
 
 
@@ -197,11 +217,11 @@ def run_memory(config: RunConfig, family: Family, m: int | None) -> dict[str, in
         "moving average": weights * (config.train.ema_decay > 0),
     }
     if isinstance(algorithm, VAPIConfig):
-        rows = max(max(chunk) for chunk in contexts_of(config, algorithm))
+        rows = max(max(chunk) for chunk in contexts_of(config, algorithm, family.layout.steps))
         drawing = {"drawing": DRAWN_COPIES * 4 * _logits_at_once(chunk // group, layout.tokens, c.tokenizer.vocab)}
     else:
         rows = min(config.train.rollouts_per_backward, chunk)
-        drawing = {"key-value cache": 2 * c.depth * c.width * family.positions * chunk * _branches(config) * size}
+        drawing = {"key-value cache": 2 * c.depth * c.width * family.positions * chunk * branches(config) * size}
     training = training_bytes(family, steps, rows * (2 if config.score_law.guided else 1), size)
     if chunk < config.train.prompts_per_step * group:  # the next chunk is drawn while one is trained on
         return held(memory | drawing | training)
@@ -238,15 +258,20 @@ def pretraining_updates(config: PretrainConfig, family: Family) -> tuple[Update,
     return tuple(kind for kind in both if kind.count)
 
 
-def pretraining_memory(config: PretrainConfig, family: Family) -> dict[str, int]:
-    """Bytes by part, in the phase that holds more."""
-    size, weights = 2 if config.dtype == "bfloat16" else 4, 4 * weights_of(family.model)
-    memory = {
+def pretraining_weights(config: PretrainConfig, family: AnyFamily) -> dict[str, int]:
+    """Bytes that both phases hold."""
+    weights = 4 * weights_of(family.model)
+    return {
         "weights": weights,
         "gradients": weights,
         "optimizer": optimizer_bytes(family.model, config.optim),
         "tokenizer, its gradients and optimizer": 16 * weights_of(family.tokenizer),
     }
+
+
+def pretraining_memory(config: PretrainConfig, family: Family) -> dict[str, int]:
+    """Bytes by part, in the phase that holds more."""
+    size, memory = 2 if config.dtype == "bfloat16" else 4, pretraining_weights(config, family)
     tokenizer_phase = {"activations": config.tokenizer_batch * autoencoder_cost(family).saved * size // 4}
     transformer_phase = training_bytes(family, family.layout.steps, config.batch, size)
     return held(memory | max(tokenizer_phase, transformer_phase, key=lambda part: sum(part.values())))

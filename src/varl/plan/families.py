@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import accumulate
 from typing import Any, Protocol, assert_never, runtime_checkable
 
 import torch
@@ -21,6 +22,7 @@ from varl.config import (
     NextScaleConfig,
     NOVAConfig,
     RasterConfig,
+    UnmaskingConfig,
 )
 from varl.errors import ConfigError
 from varl.models.classifier import Classifier
@@ -28,6 +30,7 @@ from varl.models.harmon import Harmon
 from varl.models.infinity import Infinity
 from varl.models.janus import Janus
 from varl.models.mar import MAR
+from varl.models.masked import Denoiser, MaskedModel
 from varl.models.next_scale import NextScale
 from varl.models.nova import NOVA
 from varl.models.raster import Condition, Raster
@@ -202,24 +205,102 @@ class RasterFamily:
         return model.condition(model.none(self.prefix)[None])
 
 
+class MaskedFamily:
+    """A masked model, drawn as `unmasking` says: passes of its transformer, and moves of its head."""
+
+    def __init__(self, model: MaskedModel, tokenizer: KL, unmasking: UnmaskingConfig, asked: Any) -> None:
+        """`asked` is what the model's `condition` reads for one prompt. Raises ConfigError for steps that cannot be."""
+        self.model: Any = model
+        self.tokenizer, self.asked = tokenizer, asked
+        self.counts = model.schedule(unmasking.steps)
+        """Tokens that each step settles."""
+        self.known = (0, *accumulate(self.counts[:-1]))
+        """Tokens that each step has seen."""
+        self.layout = Layout(grids=(model.config.grid,), steps=len(self.counts))
+        with torch.no_grad():
+            self.denoiser = model.denoiser(unmasking.denoise_steps)
+        self.moves, self.admissible = self.denoiser.moves, int(self.denoiser.admissible.sum())
+        self.width = self._see(0).shape[-1]
+        """E, of a token's latent."""
+        self._counted = [cost(lambda n=n: self._see(n), self.model) for n in (0, 1, 2)]
+
+    @property
+    def steps(self) -> range:
+        return range(self.layout.steps)
+
+    def condition(self) -> Cost:
+        """What a prompt's pictures share."""
+        return cost(lambda: self.model.condition(self.asked), self.model)
+
+    def making(self, *, learns: bool = False) -> float:
+        """Operations to make the chain anew, for any number of tokens; with its backward pass, if it learns."""
+        made = cost(lambda: self.model.denoiser(self.moves), self.model).flops
+        if not learns:
+            return made
+        return self._move(lambda: self.model.denoiser(self.moves), learns).flops - self.moving(learns=True).flops
+
+    def seeing(self, known: int) -> Cost:
+        """A pass of the transformer over a picture, having seen so many tokens: attention makes it a polynomial of degree 2 in them."""
+
+        def at(values: Sequence[float]) -> float:
+            zero, one, two = values
+            return zero + known * (one - zero) + known * (known - 1) / 2 * (two - 2 * one + zero)
+
+        return Cost(flops=at([c.flops for c in self._counted]), saved=round(at([float(c.saved) for c in self._counted])))
+
+    def reading(self, *, learns: bool | None = None) -> Cost:
+        """The head's own reading of a token's latent, once for its chain; with its backward pass to the latent, and if it `learns` to its
+        weights."""
+        z = torch.empty(1, self.width, device="meta", requires_grad=True)
+        return self._with_backward(self.denoiser.read, z, learns)
+
+    def moving(self, *, learns: bool | None = None) -> Cost:
+        """One move of one token; with its backward pass as in `reading`."""
+        return self._move(lambda: self.denoiser, learns)
+
+    def _move(self, denoiser: Callable[[], Denoiser], learns: bool | None) -> Cost:
+        x, move = torch.empty(1, self.model.channels, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
+        read = torch.empty_like(self.denoiser.read(torch.empty(1, self.width, device="meta"))).requires_grad_()
+        return self._with_backward(lambda read: denoiser().law(x, move, read, None, None)[0], read, learns)
+
+    def _see(self, known: int) -> Tensor:
+        with torch.device("meta"):
+            condition, tokens = self.model.condition(self.asked), torch.empty(1, self.model.tokens, self.model.channels)
+            return self.model(condition.detach(), tokens, torch.zeros(1, known, dtype=torch.long))
+
+    def _with_backward(self, fn: Callable[[Tensor], Tensor], by: Tensor, learns: bool | None) -> Cost:
+        def run() -> object:
+            out = fn(by.clone())  # the counter cannot have a leaf for a module's input
+            if learns is None:
+                return out
+            return torch.autograd.grad(out.sum(), [by, *(self.model.head.parameters() if learns else ())], allow_unused=True), out
+
+        return cost(run, self.model)
+
+
+AnyFamily = Family | MaskedFamily
+
+
 def without_memory(config: ModelConfig) -> OwnPair:
     with torch.device("meta"):
         return fresh(config)
 
 
 @lru_cache(maxsize=8)
-def family_of(config: ModelConfig) -> Family:
-    return as_family(without_memory(config))
+def family_of(config: ModelConfig, unmasking: UnmaskingConfig | None = None) -> AnyFamily:
+    return as_family(without_memory(config), unmasking)
 
 
-def as_family(pair: Pair) -> Family:
-    """Of a pair on the meta device."""
+def as_family(pair: Pair, unmasking: UnmaskingConfig | None = None) -> AnyFamily:
+    """Of a pair on the meta device; `unmasking` is of masked models alone. Raises ConfigError for steps that such a model cannot take."""
     match pair:
         case (NextScale() as model, MultiScaleVQ() as tokenizer) | (Infinity() as model, BSQ() as tokenizer):
             return NextScaleFamily(model, tokenizer)
         case (Raster() | Janus() as model, VQ() as tokenizer):
             return RasterFamily(model, tokenizer)
-        case (MAR() | NOVA() | Harmon() as model, KL()):
+        case (MAR() as model, KL() as tokenizer):
+            return MaskedFamily(model, tokenizer, unmasking or UnmaskingConfig(), torch.zeros(1, dtype=torch.long, device="meta"))
+        case (NOVA() | Harmon() as model, KL()):
             raise ConfigError(f"the model is a {type(model).__name__}, of which nothing can be planned yet. Give another model.")
     assert_never(pair)
 
@@ -239,11 +320,12 @@ def require_readable(prompts: Sequence[Prompt], config: ActingConfig) -> None:
 
 
 @lru_cache(maxsize=8)
-def decoder_cost(family: Family) -> Cost:
+def decoder_cost(family: AnyFamily) -> Cost:
     """From one feature map to pixels."""
     tokenizer = family.tokenizer
     size = tokenizer.maps[-1] if isinstance(tokenizer, BSQ) else family.layout.grids[-1]
-    return cost(lambda: tokenizer.render(torch.empty(1, tokenizer.config.channels, *size)), tokenizer)
+    render = tokenizer.decode if isinstance(tokenizer, KL) else tokenizer.render
+    return cost(lambda: render(torch.empty(1, tokenizer.config.channels, *size)), tokenizer)
 
 
 @lru_cache(maxsize=8)
@@ -258,9 +340,11 @@ def encoder_cost(family: Family) -> Cost:
 
 
 @lru_cache(maxsize=8)
-def autoencoder_cost(family: Family) -> Cost:
+def autoencoder_cost(family: AnyFamily) -> Cost:
     """One picture through encoder and decoder."""
     tokenizer, picture = family.tokenizer, (1, 3, *family.model.config.image_size)
+    if isinstance(tokenizer, KL):
+        return cost(lambda: tokenizer.decode(tokenizer.encode(torch.empty(picture)).mean), tokenizer)
     return cost(lambda: tokenizer.render(tokenizer.features(torch.empty(picture))), tokenizer)
 
 

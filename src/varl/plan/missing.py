@@ -17,6 +17,7 @@ from varl.config import (
     DataConfig,
     FolderConfig,
     GlyphsConfig,
+    MARGRPOConfig,
     ModelConfig,
     OCRConfig,
     PicturesConfig,
@@ -36,7 +37,7 @@ from varl.data.pictures import Pictures, read_pictures, together
 from varl.data.words import PALETTES, split, word_list
 from varl.data.words import prompts as word_prompts
 from varl.errors import CheckpointError, ConfigError, VarlError
-from varl.plan.cost import Update, contexts_of
+from varl.plan.cost import Update, contexts_of, rows_of
 from varl.plan.families import require_readable, without_memory
 from varl.policies.acting import class_ids
 from varl.rewards.ocr import choose_engine, open_engine
@@ -218,34 +219,39 @@ def judge_of(name: str, config: RewardConfig, pictures: PicturesOf | None) -> st
     assert_never(config)
 
 
-def doubts(config: RunConfig, updates: Sequence[Update]) -> list[str]:
-    """Settings that work, and probably were not meant."""
+def doubts(config: RunConfig, updates: Sequence[Update], steps: int) -> list[str]:
+    """Settings that work, and probably were not meant, of a model of so many steps."""
     train, algorithm = config.train, config.algorithm
     grpo = algorithm.grpo
     group = grpo.num_generations * (algorithm.num_continuations if isinstance(algorithm, VARRLConfig) else 1)
-    most = max(update.judged for update in updates)
-    own = train.prompts_per_step if isinstance(algorithm, VAPIConfig) else 0
+    judged, rows, whose = max(update.judged for update in updates), 1, "pictures"
+    most = judged
+    if isinstance(algorithm, VAPIConfig | MARGRPOConfig):
+        contexts, rows = rows_of(algorithm, steps)
+        most = train.prompts_per_step * contexts * rows
+        if rows > 1 or contexts > group:
+            whose = "rows (draws and own tokens)" if isinstance(algorithm, VAPIConfig) else "rows (steps and further paths)"
     found = []
-    if train.rollouts_per_backward > most + own:
+    if train.rollouts_per_backward > most:
         found.append(
-            f"train.rollouts_per_backward={train.rollouts_per_backward} is more than the {most + own} "
-            f"{'rows (draws and own tokens)' if own else 'pictures'} of a step: a step is one piece."
+            f"train.rollouts_per_backward={train.rollouts_per_backward} is more than the {most} {whose} of a step: a step is one piece."
         )
-    if isinstance(algorithm, VAPIConfig):
-        passes = sum(sum(chunk) for chunk in contexts_of(config, algorithm))
-        if passes > train.prompts_per_step:
+    if isinstance(algorithm, VAPIConfig | MARGRPOConfig):
+        passes = sum(sum(chunk) for chunk in contexts_of(config, algorithm, steps))
+        if passes * rows > most:
+            what = "its draws and its own tokens" if isinstance(algorithm, VAPIConfig) else "its own path and the further ones"
             found.append(
-                f"train.rollouts_per_backward={train.rollouts_per_backward} cuts pictures apart, each of which has {group + 1} rows, its "
-                f"draws and its own tokens: {passes} training passes in a step for {train.prompts_per_step} pictures. Set a multiple of "
-                f"{group + 1}."
+                f"train.rollouts_per_backward={train.rollouts_per_backward} cuts pictures apart, each of which has {rows} rows, {what}: "
+                f"{passes} training passes in a step for {most // rows} pictures. Set a multiple of {rows}."
             )
     if grpo.rollouts_per_chunk < group:
         found.append(
             f"rollouts_per_chunk={grpo.rollouts_per_chunk} is less than a group of {group}, which is never split: chunks hold {group}."
         )
-    if most <= max(grpo.rollouts_per_chunk, group):
+    if judged <= max(grpo.rollouts_per_chunk, group):
         found.append(
-            f"all {most} pictures of a step are one chunk: no rollout hides the time of a reward. Lower rollouts_per_chunk to overlap them."
+            f"all {judged} pictures of a step are one chunk: no rollout hides the time of a reward. Lower rollouts_per_chunk to overlap "
+            "them."
         )
     if train.save_every > train.steps:
         found.append(f"train.save_every={train.save_every} is beyond the last of {train.steps} steps: a kill loses everything.")

@@ -65,7 +65,8 @@ def format_plan(plan: Plan) -> str:
 def _picture_rows(plan: Plan, layout: Layout) -> Iterable[tuple[str, str]]:
     grids = ", ".join(f"{h}x{w}" for h, w in layout.grids)
     scales = layout.steps == len(layout.grids)
-    yield "picture", f"{layout.tokens} tokens on {layout.steps} scales: {grids}" if scales else f"{layout.tokens} tokens, {grids}"
+    steps = "" if layout.steps == layout.tokens else f" in {layout.steps} steps"
+    yield "picture", f"{layout.tokens} tokens on {layout.steps} scales: {grids}" if scales else f"{layout.tokens} tokens{steps}, {grids}"
     if plan.middle_step == layout.steps:
         yield "prefix", f"all {plan.middle_step} {'scales' if scales else 'tokens'}: whole pictures are trained on"
     elif plan.middle_step is not None:

@@ -409,6 +409,7 @@ class MaskedPolicy(ActingPolicy):
         for model in models:
             with torch.set_grad_enabled(torch.is_grad_enabled() and model is self.module):
                 read.append(self._condition(model, prompts))
+        halves = 1 + self.score_law.guided
         of_rows, any_scored = torch.tensor(of, device=path.device), scored.any(-1)
         places, columns = [], []
         for i in rollout.step[any_scored].unique().tolist():
@@ -417,7 +418,7 @@ class MaskedPolicy(ActingPolicy):
             z = []
             for model, (condition, rows) in zip(models, read, strict=True):
                 with torch.set_grad_enabled(torch.is_grad_enabled() and model is self.module):
-                    z.append(self._latents(model, condition, rows[:, pictures], tokens[pictures], settled[pictures] >= i)[at, l])
+                    z.append(self._latents(model, condition, rows[:halves, pictures], tokens[pictures], settled[pictures] >= i)[at, l])
             moves = Moves(path=path[b, l], scored=scored[b, l], step=torch.full_like(b, i))
             with torch.autocast(self.device.type, enabled=False):
                 scoring = score_trained if self.trains_head else score_frozen
