@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int, Real
@@ -337,7 +338,7 @@ class DiffusionHead(nn.Module):
 # ---- the chain ------------------------------------------------------------------------------------------------------------------------
 
 
-def full_precision(device: torch.device) -> AbstractContextManager[None]:
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """fp32, whatever the caller computes in. The meta device, where costs are counted, has no other precision."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
