@@ -37,7 +37,7 @@ TINY = NOVAConfig(
     encoder=replace(SMALL, depth=3),
     head=NOVAHeadConfig(depth=1, width=8),
     grid=(4, 6),
-    captions=CaptionConfig(tokens=5, width=7, encoder="microsoft/phi-2"),
+    captions=CaptionConfig(tokens=5, width=7, encoder="microsoft/phi-2", lowercase=False),
     tokenizer=KLConfig(channels=3, width=8, multipliers=(1, 2), blocks=1, levels_attend=False, scale=0.5, fold=2),
 )
 TURNED = replace(TINY, prefix=replace(SMALL, width=32, heads=1), encoder=replace(SMALL, width=32, heads=1), rotary=True)
