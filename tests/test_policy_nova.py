@@ -9,11 +9,12 @@ from PIL import Image
 
 from test_captions import save_phi
 from test_nova import MOVING, TINY, TURNED, files, tiny, written
+from tiny import TINY as WORDS
 from tiny import status
 from varl.algorithms.mar_grpo import MARGRPO
-from varl.build import new_policy
+from varl.build import new_policy, require_unmasking
 from varl.checkpoints import model as model_folder
-from varl.config import CaptionConfig, FlowConfig, GRPOConfig, LawConfig, MARGRPOConfig, NextScaleConfig, NOVAConfig, UnmaskingConfig
+from varl.config import CaptionConfig, FlowConfig, GRPOConfig, LawConfig, MARGRPOConfig, NOVAConfig, UnmaskingConfig
 from varl.errors import ConfigError, DataError
 from varl.policies.masked import MaskedPolicy
 from varl.rewards.judge import RewardJudge
@@ -172,7 +173,7 @@ def test_what_cannot_be(phi, tmp_path):
     with pytest.raises(ConfigError, match="25 steps for 24 tokens"):
         new_policy((tiny(reading(TINY, phi)), KL(TINY.tokenizer)), unmasking=UnmaskingConfig(steps=25))
     with pytest.raises(ConfigError, match="does not choose in which order it draws"):
-        new_policy(model_folder.fresh(NextScaleConfig(depth=1, width=16, heads=2, num_classes=3)), unmasking=UnmaskingConfig())
+        require_unmasking(WORDS, UnmaskingConfig())
 
 
 # ---- the command line
