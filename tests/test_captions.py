@@ -1,4 +1,5 @@
-"""Captions as T5 features: a tiny T5 that transformers itself made and saved, what is remembered of it on disk, and what may be missing."""
+"""Captions as features of a T5 or a Phi: tiny ones that transformers itself made and saved, what is remembered of them on disk, and what
+may be missing."""
 
 import json
 import sys
@@ -7,23 +8,35 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel, T5ForConditionalGeneration
+from transformers import (
+    LlamaConfig,
+    LlamaModel,
+    PhiConfig,
+    PhiForCausalLM,
+    PhiModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+)
 
 from tiny_infinity import SQUARE
 from varl.build import caption_encoder, new_policy
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.hugging_face import find, identity
 from varl.checkpoints.model import fresh
-from varl.checkpoints.t5 import load_t5
+from varl.checkpoints.text_encoder import load_text_encoder
 from varl.config import CaptionConfig, RasterConfig, VQConfig
 from varl.data.caption_cache import CaptionCache
 from varl.errors import CheckpointError, ConfigError, DataError
 from varl.policies.infinity import InfinityPolicy
 from varl.rng import Stream
+from varl.tokenizers.phi import Phi
 from varl.types import Prompt
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "green", "cube", "ball", "on"]
@@ -46,9 +59,32 @@ def save_t5(folder: Path, *, decoder: bool = True, seed: int = 0, width: int = 8
         feed_forward_proj="gated-gelu",
     )
     (T5ForConditionalGeneration if decoder else T5EncoderModel)(config).save_pretrained(folder)
+    return save_words(folder, TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)]))
+
+
+def save_phi(folder: Path, *, head: bool = True, seed: int = 0, width: int = 8) -> Path:
+    """A Phi with a tokenizer of nine whole words that adds nothing, as Phi-2's."""
+    config = PhiConfig(
+        vocab_size=len(WORDS),
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+    )
+    phi = (PhiForCausalLM if head else PhiModel)(config)
+    torch.manual_seed(seed)
+    for weight in phi.parameters():  # norms and biases too
+        torch.nn.init.normal_(weight, std=0.5)
+    phi.save_pretrained(folder)
+    return save_words(folder)
+
+
+def save_words(folder: Path, processor: TemplateProcessing | None = None) -> Path:
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = Whitespace()
-    words.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    if processor is not None:
+        words.post_processor = processor
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
     return folder
 
@@ -59,14 +95,14 @@ def folder(tmp_path_factory) -> Path:
 
 
 def cache(path: Path, folder: Path) -> CaptionCache:
-    return CaptionCache(path, encoder=lambda: identity(folder), load=lambda: load_t5(folder, CPU, torch.float32))
+    return CaptionCache(path, encoder=lambda: identity(folder), load=lambda: load_text_encoder(folder, CPU, torch.float32))
 
 
 # ---- the encoder
 
 
 def test_features_are_those_of_transformers_without_padding(folder):
-    t5 = load_t5(folder, CPU, torch.float32)
+    t5 = load_text_encoder(folder, CPU, torch.float32)
     theirs = T5EncoderModel.from_pretrained(folder).eval()
     assert t5("a red cube").shape == (4, 8)
     ids = torch.tensor([[3, 4, 6, 1]])
@@ -79,12 +115,15 @@ def test_features_are_those_of_transformers_without_padding(folder):
 
 
 def test_the_encoder_alone_is_enough(tmp_path, folder):
-    whole, alone = load_t5(folder, CPU, torch.float32), load_t5(save_t5(tmp_path / "t5", decoder=False), CPU, torch.float32)
+    whole, alone = (
+        load_text_encoder(folder, CPU, torch.float32),
+        load_text_encoder(save_t5(tmp_path / "t5", decoder=False), CPU, torch.float32),
+    )
     assert whole("a red ball").shape == alone("a red ball").shape
 
 
 def test_bfloat16_inside_is_fp32_outside(folder):
-    low, full = (load_t5(folder, CPU, dtype)("a red cube") for dtype in (torch.bfloat16, torch.float32))
+    low, full = (load_text_encoder(folder, CPU, dtype)("a red cube") for dtype in (torch.bfloat16, torch.float32))
     assert low.dtype == torch.float32
     assert 0 < (low - full).abs().max() < 0.05 * full.abs().max()
 
@@ -94,16 +133,79 @@ def test_a_folder_that_is_no_t5(tmp_path, folder):
     LlamaModel(config).save_pretrained(tmp_path / "llama")
     for file in folder.glob("tokenizer*"):
         (tmp_path / "llama" / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(CheckpointError, match="llama: is a llama, no t5"):
-        load_t5(tmp_path / "llama", CPU, torch.float32)
+    with pytest.raises(CheckpointError, match="llama: is a llama, no t5 and no phi"):
+        load_text_encoder(tmp_path / "llama", CPU, torch.float32)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
 def test_a_damaged_folder_is_named(tmp_path, name):
     folder = save_t5(tmp_path / "t5")
     (folder / name).write_bytes((folder / name).read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="t5: cannot be read as a T5 encoder"):
-        load_t5(folder, CPU, torch.float32)
+    with pytest.raises(CheckpointError, match="t5: cannot be read as a text encoder"):
+        load_text_encoder(folder, CPU, torch.float32)
+
+
+# ---- Phi
+
+
+@pytest.fixture(scope="module")
+def phi(tmp_path_factory) -> Path:
+    return save_phi(tmp_path_factory.mktemp("phi"))
+
+
+def test_phi_s_features_are_those_of_transformers_after_its_last_norm(phi):
+    read = load_text_encoder(phi, CPU, torch.float32)
+    assert isinstance(read, Phi)
+    theirs = PhiForCausalLM.from_pretrained(phi).eval()
+    found = theirs(input_ids=torch.tensor([[3, 4, 6]]), output_hidden_states=True)
+    assert read("a red cube").shape == (3, 8)
+    torch.testing.assert_close(read("a red cube"), found.hidden_states[-1][0].detach(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(theirs.lm_head(read("a red cube")), found.logits[0], rtol=0, atol=1e-5)
+    assert not read("a").requires_grad
+    assert not any(p.requires_grad or p.grad is not None for p in read.model.parameters())
+
+
+def test_each_of_phi_s_tokens_sees_those_before_it_alone(phi):
+    read = load_text_encoder(phi, CPU, torch.float32)
+    torch.testing.assert_close(read("a red cube on a ball")[:3], read("a red cube"), rtol=0, atol=1e-5)
+    assert (read("a red cube")[2] - read("a green cube")[2]).abs().max() > 1e-2
+
+
+def test_the_empty_caption_has_no_features_and_is_remembered(tmp_path, phi):
+    first = cache(tmp_path, phi)
+    assert [part.shape for part in first(["", "a"])] == [(0, 8), (1, 8)]
+    assert len(list(first.folder.iterdir())) == 2
+    again = CaptionCache(tmp_path, encoder=lambda: identity(phi), load=lambda: pytest.fail("the encoder is loaded"))
+    (none,) = again([""])
+    assert (none.shape, none.dtype) == ((0, 8), torch.float32)
+
+
+def test_a_caption_too_long_for_phi(phi):
+    read = load_text_encoder(phi, CPU, torch.float32, longest=3)
+    assert len(read("a red cube")) == 3
+    with pytest.raises(DataError, match="'a red cube on' has 4 tokens, the model takes 0 to 3"):
+        read("a red cube on")
+    assert len(load_text_encoder(phi, CPU, torch.float32)(" ".join(["a"] * 30))) == 30
+
+
+def test_phi_lower_cases_if_told_to(phi):
+    low, cased = (load_text_encoder(phi, CPU, torch.float32, lowercase=lowercase) for lowercase in (True, False))
+    assert torch.equal(low("A red CUBE"), cased("a red cube"))
+    assert not torch.equal(cased("A red CUBE"), cased("a red cube"))
+
+
+def test_phi_without_its_head_is_enough(tmp_path, phi):
+    bare = load_text_encoder(save_phi(tmp_path / "bare", head=False), CPU, torch.float32)
+    assert torch.equal(bare("a ball"), load_text_encoder(phi, CPU, torch.float32)("a ball"))
+
+
+def test_a_phi_that_lacks_weights(tmp_path):
+    folder = save_phi(tmp_path / "phi")
+    state = load_file(folder / "model.safetensors")
+    del state["model.final_layernorm.bias"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"phi: lacks 1 weights of a PhiModel, `\S*final_layernorm.bias` first"):
+        load_text_encoder(folder, CPU, torch.float32)
 
 
 # ---- what is remembered
@@ -115,8 +217,8 @@ def test_a_caption_is_encoded_once_and_found_by_another_run(tmp_path, folder, mo
     assert [len(f) for f in features] == [4, 2, 4]
     assert torch.equal(features[0], features[2])
     assert len(list(first.folder.iterdir())) == 2
-    monkeypatch.setattr("varl.checkpoints.t5.transformers", lambda: pytest.fail("the encoder is loaded"))
-    again = CaptionCache(tmp_path, encoder=lambda: identity(folder), load=lambda: load_t5(folder, CPU, torch.float32))
+    monkeypatch.setattr("varl.checkpoints.text_encoder.transformers", lambda: pytest.fail("the encoder is loaded"))
+    again = CaptionCache(tmp_path, encoder=lambda: identity(folder), load=lambda: load_text_encoder(folder, CPU, torch.float32))
     for got, want in zip(again(["on", "a red cube"]), [features[1], features[0]], strict=True):
         assert torch.equal(got, want)
 
@@ -192,7 +294,7 @@ def test_what_is_no_folder(tmp_path):
 def test_without_transformers(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ConfigError, match=r"transformers, which is not installed\. Run `pip install 'varl\[hf\]'`"):
-        load_t5(tmp_path, CPU, torch.float32)
+        load_text_encoder(tmp_path, CPU, torch.float32)
 
 
 # ---- a policy that reads captions
@@ -215,7 +317,7 @@ def test_a_model_folder_with_captions_draws(tmp_path, folder, monkeypatch):
 
 
 def test_captions_are_lower_cased_for_models_that_were_trained_so(tmp_path, folder):
-    low, cased = load_t5(folder, CPU, torch.float32), load_t5(folder, CPU, torch.float32, lowercase=False)
+    low, cased = load_text_encoder(folder, CPU, torch.float32), load_text_encoder(folder, CPU, torch.float32, lowercase=False)
     assert torch.equal(cased("a  red\ncube"), low("A red CUBE"))
     unknown = cased("A red CUBE")
     assert unknown.shape == low("A red CUBE").shape

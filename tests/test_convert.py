@@ -118,7 +118,12 @@ def test_files_of_no_known_family(tmp_path):
 def test_var_is_told_nothing(tmp_path):
     var, vae = released(VAR)
     paths = write(tmp_path, var=var, vae=vae)
-    for given, named in (({"image_size": 256}, "image_size"), ({"heads": 2}, "heads"), ({"ema": True}, "ema")):
+    for given, named in (
+        ({"image_size": 256}, "image_size"),
+        ({"heads": 2}, "heads"),
+        ({"ema": True}, "ema"),
+        ({"language_model": "qwen"}, "language_model"),
+    ):
         with pytest.raises(CheckpointError, match=rf"var\.pt: is VAR's, whose weights tell everything\. Leave {named} \("):
             load_released(*paths, **given)
 

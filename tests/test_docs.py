@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +15,9 @@ import torch
 from PIL import Image
 
 from test_architecture import MAY_IMPORT
+from varl.checkpoints import infinity, llamagen, mar, nova
 from varl.checkpoints import model as model_folder
-from varl.config import NextScaleConfig, RunConfig, TextConfig, TokenizerConfig
+from varl.config import ModelConfig, NextScaleConfig, NOVAConfig, NOVAHeadConfig, RunConfig, TextConfig, TokenizerConfig, ViTConfig
 from varl.data.folder import read_folder, write_folder
 from varl.errors import ConfigError
 from varl.models.next_scale import NextScale
@@ -120,6 +122,37 @@ def test_a_page_speaks_of_the_project_alone(page):
     text = page.read_text(encoding="utf-8")
     for pattern in (r"/work\b", r"\.\./shared", r"(?<![\w&/])#\d+\b", r"\bagents?\b"):
         assert not re.search(pattern, text, re.I), f"{page.name}: {re.search(pattern, text, re.I)}"
+
+
+def released_configs() -> dict[str, ModelConfig]:
+    """Of the models that docs/models.md counts the parameters of, by their names there."""
+    var = {f"VAR-d{depth}": NextScaleConfig(depth=depth, width=64 * depth, heads=depth, num_classes=1000) for depth in (16, 20, 24, 30)}
+    grids = tuple((side, side) for side in (1, 2, 3, 4, 6, 9, 13, 18, 24, 32))
+    var["VAR-d36"] = NextScaleConfig(depth=36, width=64 * 36, heads=36, num_classes=1000, shared_adaln=True, grids=grids)
+    raster = {f"LlamaGen-{size} by class": llamagen.released(size, image_size=384) for size in llamagen.SIZES}
+    raster["LlamaGen-XL by caption"] = llamagen.released("XL", image_size=256, text=True)
+    masked: dict[str, ModelConfig] = {f"MAR-{size}": mar.released(size) for size in mar.SIZES}
+    for width, heads in nova.HEADS.items():
+        prefix, head = ViTConfig(depth=16, width=width, heads=heads), NOVAHeadConfig(width=width)
+        masked[f"nova-d48w{width}-sdxl1024"] = NOVAConfig(prefix=prefix, encoder=replace(prefix, depth=32), head=head, grid=(64, 64))
+    masked["nova-d48w1024-sd512"] = NOVAConfig()
+    masked["nova-d48w1024-osp480"] = NOVAConfig(head=NOVAHeadConfig(depth=3, width=1280), grid=(30, 48), motion=True)
+    return var | raster | masked | {f"Infinity-{size}": config for size, config in infinity.SIZES.items()}
+
+
+def test_parameters_and_sizes_are_counted():
+    rows = re.findall(
+        r"^\| ([\w. -]+) \| .*?\| (\d+(?: x \d+)?)(?: \([^|]*)? \| ([\d,]+) \+ (\d+) \|", prose(ROOT / "docs" / "models.md"), re.M
+    )
+    said = {name: (size, transformer, tokenizer) for name, size, transformer, tokenizer in rows}
+    found = {}
+    for name, config in released_configs().items():
+        with torch.device("meta"):
+            pair = model_folder.fresh(config)
+        h, w = config.image_size
+        counts = [f"{sum(p.numel() for p in module.parameters()) / 1e6:,.0f}" for module in pair]
+        found[name] = (str(h) if h == w else f"{h} x {w}", *counts)
+    assert said == found
 
 
 # ---- commands and configs ---------------------------------------------------------------------------------------------------------------

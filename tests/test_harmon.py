@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tiny import status
 from tiny_harmon import CONFIG, MAR, QWEN, make, make_words, save_harmon, their_state
 from varl.build import new_policy
 from varl.checkpoints import harmon, mar
@@ -401,6 +403,34 @@ def test_raw_files_that_are_wrong(tmp_path):
     (qwen / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(CheckpointError, match=r"is no folder of a Qwen2 \(model_type 'llama'\)"):
         harmon.load_raw(path, kl, qwen, heads=2)
+
+
+def test_raw_files_through_the_command_line(tmp_path, capfd):
+    path, kl, qwen = raw(tmp_path)
+    asked = ("convert", path, kl, "--heads", 2, "--out", tmp_path / "model")
+    assert status(*asked) == 2
+    said = capfd.readouterr().err
+    assert "harmon.pth: is Harmon's" in said
+    assert "Give `language_model` (--language-model), the folder of Qwen2.5-0.5B-Instruct" in said
+    assert status(*asked, "--language-model", qwen, "--image-size", 8) == 2
+    assert "Leave image_size (--image-size) out" in capfd.readouterr().err
+    assert status(*asked, "--language-model", tmp_path / "none") == 2
+    assert "none: is no folder of a Qwen2" in capfd.readouterr().err
+    assert status(*asked, "--language-model", qwen) == 0
+    assert same(model_folder.load(tmp_path / "model"), make())
+    assert load_notes(tmp_path / "model") == {"converted": ["harmon.pth", "kl16.ckpt"], "ema": False}
+
+
+def test_pictures_through_the_command_line(folder, tmp_path, capfd):
+    asked = ("sample", folder, "-n", 2, "--steps", 4, "--denoise-steps", 5, "--cfg", 3)
+    for name, prompt, seed in (("one", "a sun", 0), ("same", "a sun", 0), ("seed", "a sun", 1), ("other", "a big red sun", 0)):
+        assert status(*asked, "--prompt", prompt, "--seed", seed, "--out", tmp_path / f"{name}.png") == 0
+    one, same, seed, other = (Image.open(tmp_path / f"{name}.png").tobytes() for name in ("one", "same", "seed", "other"))
+    assert one == same
+    assert len({one, seed, other}) == 3
+    capfd.readouterr()
+    assert status(*asked, "--label", 3, "--out", tmp_path / "x.png") == 2
+    assert "label 3: this model reads text and knows no classes" in capfd.readouterr().err
 
 
 @recorded

@@ -231,8 +231,12 @@ def test_one_changed_weight_of_infinity_fails(tmp_path, case, weight):
 
 
 @recorded
-@pytest.mark.parametrize("file", sorted((GOLDEN / "keys").glob("infinity-*.json")), ids=lambda file: file.stem)
-def test_infinitys_released_files_have_our_names(tmp_path, file):
+@pytest.mark.parametrize(
+    "file",
+    [file for family in ("infinity", "nova", "janus") for file in sorted((GOLDEN / "keys").glob(f"{family}-*.json"))],
+    ids=lambda file: file.stem,
+)
+def test_other_families_released_files_have_our_names(tmp_path, file):
     (tmp_path / "keys").mkdir()
     copy = tmp_path / "keys" / file.name
     info = json.loads(file.read_text())

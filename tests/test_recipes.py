@@ -6,10 +6,13 @@ from inspect import getmodule, getsource, isfunction
 
 import pytest
 
-from varl.config import PretrainConfig, RunConfig
+from varl.algorithms.vmr import middle_step
+from varl.config import FolderConfig, InfinityConfig, NextScaleConfig, PretrainConfig, RunConfig
 from varl.errors import ConfigError
+from varl.policies.acting import require_laws
 from varl.recipes import RECIPES, describe, recipe
 from varl.settings import from_yaml, to_yaml
+from varl.types import Layout
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -68,6 +71,24 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_with_all(name, near):
 def test_a_name_like_none_gets_no_hint():
     with pytest.raises(ConfigError, match=r"^unknown recipe `zzz`. Give one of these"):
         recipe("zzz")
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "m", "tokens"),
+    [
+        ("infinity_2b_text", InfinityConfig(), 7, 521),
+        ("var_d16_c2i", NextScaleConfig(num_classes=1000), 5, 55),
+        ("var_d36_c2i", NextScaleConfig(num_classes=1000, grids=tuple((n, n) for n in (1, 2, 3, 4, 6, 9, 13, 18, 24, 32))), 6, 147),
+    ],
+)
+def test_what_released_models_of_scales_are_asked_for(name, model, m, tokens):
+    """The prefix ends where the paper's m_256 of 1024 does, by resolution or by its share of the tokens; laws fit the vocabulary."""
+    config = recipe(f"var_rl/{name}")
+    layout = Layout(grids=model.grids, steps=len(model.grids))
+    assert middle_step(config.algorithm.middle_step, layout) == m
+    assert sum(h * w for h, w in model.grids[:m]) == tokens
+    require_laws({"sample_law": config.sample_law, "score_law": config.score_law}, layout.steps, "scale", model.tokenizer.vocab)
+    assert isinstance(config.data, FolderConfig) or config.data.image_size == model.image_size
 
 
 def test_recipes_come_without_torch():

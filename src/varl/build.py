@@ -18,7 +18,7 @@ from varl.algorithms.var_rl import VARRL
 from varl.checkpoints import hugging_face
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.model import Pair, model_path
-from varl.checkpoints.t5 import load_t5
+from varl.checkpoints.text_encoder import load_text_encoder
 from varl.config import (
     ActingConfig,
     AlgorithmConfig,
@@ -32,6 +32,7 @@ from varl.config import (
     LawConfig,
     MARConfig,
     MARGRPOConfig,
+    NOVAConfig,
     OCRConfig,
     PicturesConfig,
     PythonRewardConfig,
@@ -127,18 +128,21 @@ def new_policy(
             return RasterPolicy(
                 model.to(device), tokenizer.to(device), captions=captions, sample_law=sample_law, score_law=score_law, dtype=dtype
             )
-        case (MAR() | Harmon() as model, KL() as tokenizer):
+        case (MAR() | NOVA() | Harmon() as model, KL() as tokenizer):
+            captions = None
+            if isinstance(model, NOVA):
+                captions = caption_encoder(model.config.captions, device or torch.device("cpu"))
+            elif isinstance(model, Harmon):
+                captions = model.read
             return MaskedPolicy(
                 model.to(device),
                 tokenizer.to(device),
                 unmasking=unmasking or UnmaskingConfig(),
-                captions=model.read if isinstance(model, Harmon) else None,
+                captions=captions,
                 sample_law=sample_law,
                 score_law=score_law,
                 dtype=dtype,
             )
-        case (NOVA(), KL()):
-            raise ConfigError("the model is a NOVA, which can be loaded and compared, and draws no pictures yet. Give another model.")
     assert_never(pair)
 
 
@@ -149,7 +153,7 @@ def trains_head(config: AlgorithmConfig) -> bool:
 
 def require_unmasking(config: ActingConfig, unmasking: UnmaskingConfig | None) -> None:
     """ConfigError where a model that is not masked is told how to unmask."""
-    if unmasking is not None and not isinstance(config, MARConfig | HarmonConfig):
+    if unmasking is not None and not isinstance(config, MARConfig | NOVAConfig | HarmonConfig):
         raise ConfigError("unmasking: this model does not choose in which order it draws. Leave it out, or give a masked model.")
 
 
@@ -162,7 +166,7 @@ def caption_encoder(config: CaptionConfig, device: torch.device) -> CaptionCache
     return CaptionCache(
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "varl" / "captions",
         encoder=lambda: f"{hugging_face.identity(folder)} {dtype}{'' if config.lowercase else ' cased'}",
-        load=partial(load_t5, folder, device, dtype, config.lowercase),
+        load=partial(load_text_encoder, folder, device, dtype, lowercase=config.lowercase, longest=config.tokens),
     )
 
 

@@ -667,7 +667,7 @@ def demo(
 @app.command()
 def convert(
     transformer: Annotated[
-        Path, typer.Argument(metavar="TRANSFORMER", help="Weights of VAR, Infinity, LlamaGen, MAR or NOVA, released or a run's.")
+        Path, typer.Argument(metavar="TRANSFORMER", help="Weights of VAR, Infinity, LlamaGen, MAR, NOVA or Harmon, released or a run's.")
     ],
     tokenizer: Annotated[Path, typer.Argument(metavar="TOKENIZER", help="The tokenizer it was trained with; NOVA's whole folder.")],
     out: Annotated[Path, typer.Option("--out", help="The model folder.")],
@@ -675,9 +675,12 @@ def convert(
         int | None, typer.Option(help="Pixels to a side of the pictures LlamaGen was trained on, or Infinity shall draw: no weight tells.")
     ] = None,
     heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads of a LlamaGen, MAR or NOVA that is of no released size.")
+        int | None, typer.Option(min=1, help="Attention heads of a LlamaGen, MAR, NOVA or Harmon that is of no released size.")
     ] = None,
     ema: Annotated[bool, typer.Option("--ema", help="The averaged weights of a LlamaGen or Infinity training run's files.")] = False,
+    language_model: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="The Qwen2.5 that a Harmon was begun with, of whose `.pth` no weight tells it.")
+    ] = None,
 ) -> None:
     """Released weights as a model folder. Whose they are is told from their names."""
     from varl.checkpoints import model as model_folder
@@ -685,7 +688,7 @@ def convert(
     from varl.checkpoints.folder import refuse_strange
 
     refuse_strange(out)
-    model, vq = load_released(transformer, tokenizer, image_size=image_size, heads=heads, ema=ema)
+    model, vq = load_released(transformer, tokenizer, image_size=image_size, heads=heads, ema=ema, language_model=language_model)
     typer.echo(str(model_folder.save(out, model, vq, {"converted": [transformer.name, tokenizer.name], "ema": ema})))
 
 

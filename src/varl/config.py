@@ -128,9 +128,10 @@ class CaptionConfig:
     width: int = 2048
     """Of a feature vector."""
     encoder: str = "google/flan-t5-xl"
-    """What makes the features, LlamaGen's a T5: its name on the Hugging Face hub, looked for in the local cache, or a folder's path."""
+    """What makes the features, a T5 for LlamaGen and Infinity, Phi-2 for NOVA: its name on the Hugging Face hub, looked for in the local
+    cache, or a folder's path."""
     lowercase: bool = True
-    """Whether captions are lower-cased first, as LlamaGen's are; Infinity's are not."""
+    """Whether captions are lower-cased first, as LlamaGen's are; Infinity's and NOVA's are not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -480,7 +481,7 @@ class NOVAConfig:
     """Positions turn queries and keys; else they are added to what is read."""
     motion: bool = False
     """Made for videos too: besides the caption it reads how much shall move, and how fast, which here is always what the authors set."""
-    captions: CaptionConfig = CaptionConfig(tokens=256, width=2560, encoder="microsoft/phi-2")
+    captions: CaptionConfig = CaptionConfig(tokens=256, width=2560, encoder="microsoft/phi-2", lowercase=False)
     tokenizer: KLConfig = KLConfig(channels=4, multipliers=(1, 2, 4, 4), levels_attend=False, scale=0.18215, fold=2)
     """Stable Diffusion's KL-8. SDXL's has scale 0.13025."""
 

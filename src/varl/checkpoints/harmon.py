@@ -27,7 +27,7 @@ from varl.checkpoints.folder import (
     write_tensors,
 )
 from varl.checkpoints.hugging_face import told_by, transformers
-from varl.checkpoints.released import expect, read_weights
+from varl.checkpoints.released import ReleasedFile, expect, read_file
 from varl.config import HarmonConfig
 from varl.errors import CheckpointError
 from varl.models.harmon import Harmon
@@ -74,12 +74,19 @@ def load_raw(
     """The model in a `.pth` file of the authors (`harmon_0.5b.pth`), which holds neither the autoencoder (`path_kl`, MAR's `kl16.ckpt`) nor
     what the language model's config and tokenizer say (`qwen`, the folder of Qwen2.5-0.5B-Instruct or -1.5B-Instruct). `grid` of the
     pictures is as in `load`; `heads` as in `load_mar`."""
-    told = told_by(Path(qwen))
+    return raw_pair(read_file(Path(path)), read_file(Path(path_kl)), Path(qwen), grid=grid, heads=heads)
+
+
+def raw_pair(
+    file: ReleasedFile, file_kl: ReleasedFile, qwen: Path, *, grid: tuple[int, int] | None = None, heads: int | None = None
+) -> tuple[Harmon, KL]:
+    """`load_raw` of files that were read already."""
+    told = told_by(qwen)
     if told.get("model_type") != "qwen2":
         raise CheckpointError(f"{qwen}: is no folder of a Qwen2 (model_type {told.get('model_type')!r}). Give Qwen2.5-0.5B-Instruct or so.")
-    kl = {VAE + name: tensor for name, tensor in read_weights(Path(path_kl), mar.LATEST).items()}
-    state = kl | read_weights(Path(path), mar.LATEST)
-    return filled(empty(shapes_of(state), told, words_of(Path(qwen)), str(path), grid=grid, heads=heads), state, str(path))
+    kl = {VAE + name: tensor for name, tensor in file_kl.weights(mar.LATEST).items()}
+    state, where = kl | file.weights(mar.LATEST), str(file.path)
+    return filled(empty(shapes_of(state), told, words_of(qwen), where, grid=grid, heads=heads), state, where)
 
 
 def save(folder: Path, model: Harmon, kl: KL, notes: Mapping[str, Any]) -> Path:

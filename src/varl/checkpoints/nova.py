@@ -13,7 +13,7 @@ from torch import Tensor
 
 from varl.checkpoints.folder import Shapes, shapes_of, strict_load
 from varl.checkpoints.released import count, expect, fill_from_parts, read_weights
-from varl.config import AncestralConfig, CaptionConfig, FlowConfig, KLConfig, NOVAConfig, NOVAHeadConfig, ViTConfig
+from varl.config import AncestralConfig, FlowConfig, KLConfig, NOVAConfig, NOVAHeadConfig, ViTConfig
 from varl.errors import CheckpointError, ConfigError
 from varl.models.nova import NOVA
 from varl.tokenizers.kl import KL
@@ -113,7 +113,7 @@ def transformer_config(
             f"{where}: width {width} is of no released size ({', '.join(map(str, HEADS))}), and no weight tells the heads. Give `heads`."
         )
     depths = [count(shapes, rf"{part}\.blocks\.(\d+)\.") for part in ("video_encoder", "image_encoder", "image_decoder")]
-    encoder = NOVAConfig().captions.encoder
+    captions = NOVAConfig().captions
     try:
         return NOVAConfig(
             prefix=ViTConfig(depth=depths[0], width=shapes[video][0], heads=heads),
@@ -122,7 +122,7 @@ def transformer_config(
             grid=(h, w),
             rotary=rotary,
             motion="motion_embed.fps_proj.0.weight" in shapes,
-            captions=CaptionConfig(tokens=told["text_token_len"], width=shapes["text_embed.weight"][1], encoder=encoder),
+            captions=replace(captions, tokens=told["text_token_len"], width=shapes["text_embed.weight"][1]),
             tokenizer=replace(tokenizer, fold=fold),
         )
     except ConfigError as error:
