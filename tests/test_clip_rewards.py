@@ -91,9 +91,8 @@ def test_clip_score_is_a_hundred_cosines():
 
 def test_clip_score_is_that_of_transformers(folder, theirs):
     judged = judge_now(build_reward(CLIPScoreConfig(model=str(folder))), IMAGES, PROMPTS)
-    print(theirs, judged.parts['cosine'])
-    assert theirs.std() > 0.05
-    torch.testing.assert_close(judged.parts["cosine"], theirs, rtol=0, atol=3e-3)  # bytes are rounded there, between two passes
+    assert theirs.std() > 0.01
+    torch.testing.assert_close(judged.parts["cosine"], theirs, rtol=0, atol=5e-4)  # bytes are rounded there, between two passes
     torch.testing.assert_close(judged.value, 100 * judged.parts["cosine"].clamp(min=0))
 
 
@@ -105,7 +104,7 @@ def test_pick_score_has_the_trained_scale_and_anothers_processor(tmp_path, folde
     model.save_pretrained(weights)
     judged = judge_now(build_reward(PickScoreConfig(model=str(weights), processor=str(folder))), IMAGES, PROMPTS)
     torch.testing.assert_close(judged.value, 100 * judged.parts["cosine"], rtol=1e-5, atol=0)
-    torch.testing.assert_close(judged.parts["cosine"], theirs, rtol=0, atol=3e-3)
+    torch.testing.assert_close(judged.parts["cosine"], theirs, rtol=0, atol=5e-4)
 
 
 def test_aesthetic_score_by_hand(tmp_path, folder):
@@ -264,7 +263,6 @@ def test_hps_is_open_clips_cosine(released):
         torch.testing.assert_close(clip.encode_images(square), model.image(pixels), rtol=0, atol=1e-5)
         torch.testing.assert_close(clip.encode_texts(TEXTS), model.text(ids), rtol=0, atol=1e-5)
         want = (model.image(pixels) * model.text(ids)).sum(1)
-    print(want)
     assert want.std() > 0.02
     torch.testing.assert_close(judged.value, want, rtol=0, atol=1e-5)
     assert clip.logit_scale == pytest.approx(math.exp(2.0))

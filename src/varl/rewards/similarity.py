@@ -58,7 +58,8 @@ def ms_ssim(a: Float[Tensor, "B C H W"], b: Float[Tensor, "B C H W"]) -> Float[T
     for scale, weight in enumerate(SCALE_WEIGHTS, 1):
         whole, cs = structure(a, b)
         product = product * (whole if scale == len(SCALE_WEIGHTS) else cs).clamp(min=0).pow(weight)
-        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+        if scale < len(SCALE_WEIGHTS):
+            a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
     return product.mean(1)
 
 
