@@ -18,10 +18,10 @@ from varl.rewards.clip import TextMatch, clip_score
 from varl.types import Prompt
 
 BAR = 5.0
-PICTURES, GROUP, DRAWN = 32, 8, 256
+PICTURES, GROUP, DRAWN = 16, 8, 256
 """Pictures of a chunk, of which each prompt has a group; pixels to a side."""
 TOKENS = 16
-SIZES = {"tiny": (64, 2, 32, 16), "small": (128, 4, 64, 16), "middle": (256, 6, 112, 16), "large": (512, 12, 224, 32)}
+SIZES = {"tiny": (64, 2, 32, 16), "small": (128, 4, 64, 16), "middle": (256, 4, 112, 16), "large": (512, 6, 224, 32)}
 """Width and depth of both towers, pixels to a side and to a patch."""
 
 
@@ -66,6 +66,8 @@ def main() -> None:
     coarse = torch.rand(PICTURES, 3, 16, 16)
     images = torch.nn.functional.interpolate(coarse, (DRAWN, DRAWN), mode="bilinear").to(asked.device)
     prompts = [Prompt(text=str(i // GROUP)) for i in range(PICTURES)]
+    head = ["scorer", "one at a time, as released", "ours, one at a time", "ours, together"]
+    head += [f"gain over released (bar {BAR:g})", "gain of batching alone", "largest difference of scores"]
     rows = []
     for name, shape in SIZES.items():
         clip, processor = new_clip(*shape)
@@ -80,8 +82,7 @@ def main() -> None:
         released, alone = (spread(taken[side] / taken["together"]) for side in ("released", "alone"))
         size = "{} wide, {} deep, {} px, patch {}".format(*shape)
         rows.append([f"{name}: {size}", *(milliseconds(taken[side]) for side in sides), f"**{released}**", alone, f"{gap:.1e}"])
-    head = ["scorer", "one at a time, as released", "ours, one at a time", "ours, together", f"gain over released (bar {BAR:g})"]
-    print(table([*head, "gain of batching alone", "largest difference of scores"], rows))
+    print(table(head, rows))
 
 
 if __name__ == "__main__":
