@@ -68,7 +68,7 @@ def main() -> None:
     prompts = [Prompt(text=str(i // GROUP)) for i in range(PICTURES)]
     head = ["scorer", "one at a time, as released", "ours, one at a time", "ours, together"]
     head += [f"gain over released (bar {BAR:g})", "gain of batching alone", "largest difference of scores"]
-    rows = []
+    print(table(head, []), end="", flush=True)
     for name, shape in SIZES.items():
         clip, processor = new_clip(*shape)
         reward = TextMatch(clip.to(asked.device), clip_score, PICTURES)
@@ -81,8 +81,8 @@ def main() -> None:
         taken = alternate(sides, asked.device, asked.minutes * 60 / len(SIZES), least=3)
         released, alone = (spread(taken[side] / taken["together"]) for side in ("released", "alone"))
         size = "{} wide, {} deep, {} px, patch {}".format(*shape)
-        rows.append([f"{name}: {size}", *(milliseconds(taken[side]) for side in sides), f"**{released}**", alone, f"{gap:.1e}"])
-    print(table(head, rows))
+        row = [f"{name}: {size}", *(milliseconds(taken[side]) for side in sides), f"**{released}**", alone, f"{gap:.1e}"]
+        print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":
