@@ -17,28 +17,41 @@ from varl.algorithms.va_pi import VAPI
 from varl.algorithms.var_rl import VARRL
 from varl.checkpoints import hugging_face
 from varl.checkpoints import model as model_folder
+from varl.checkpoints.folder import strict_load
 from varl.checkpoints.model import Pair, model_path
+<<<<<<< HEAD
 from varl.checkpoints.text_encoder import load_text_encoder
+=======
+from varl.checkpoints.released import read_weights
+from varl.checkpoints.t5 import load_t5
+from varl.checkpoints.vision import files_of, load_clip, load_dino, load_hps
+>>>>>>> 39138d7f8705974a7316ec1c33e90dd9d6a893d3
 from varl.config import (
     ActingConfig,
+    AestheticConfig,
     AlgorithmConfig,
     CaptionConfig,
     ClassScoreConfig,
+    CLIPScoreConfig,
     DataConfig,
+    DINOConfig,
     FolderConfig,
     GlyphsConfig,
     GRPOConfig,
     HarmonConfig,
+    HPSConfig,
     LawConfig,
     MARConfig,
     MARGRPOConfig,
     NOVAConfig,
     OCRConfig,
+    PickScoreConfig,
     PicturesConfig,
     PythonRewardConfig,
     ReconstructionConfig,
     RewardConfig,
     RunConfig,
+    SSIMConfig,
     UnmaskingConfig,
     VAPIConfig,
     VARRLConfig,
@@ -65,10 +78,12 @@ from varl.policies.masked import MaskedPolicy
 from varl.policies.next_scale import NextScalePolicy
 from varl.policies.raster import RasterPolicy
 from varl.rewards.class_score import ClassScore
+from varl.rewards.clip import Aesthetic, AestheticHead, TextMatch, clip_score
 from varl.rewards.judge import RewardJudge
 from varl.rewards.networks import open_network
 from varl.rewards.ocr_reward import OCRReward
 from varl.rewards.reconstruction import ReconstructionReward
+from varl.rewards.similarity import SSIM, DINOSimilarity
 from varl.rewards.toy import load_callable
 from varl.settings import to_yaml
 from varl.tokenizers.bsq import BSQ
@@ -210,6 +225,24 @@ def build_reward(config: RewardConfig, pictures: PicturesOf | None = None) -> Re
             return ReconstructionReward(config, demand_pictures("reconstruction", pictures), *open_network(config))
         case ClassScoreConfig():
             return ClassScore(model_folder.load_classifier(model_path(config.classifier)), config.floor)
+        case CLIPScoreConfig():
+            return TextMatch(load_clip(files_of(config)), clip_score, config.batch)
+        case PickScoreConfig():
+            clip = load_clip(files_of(config))
+            return TextMatch(clip, lambda cosine: clip.logit_scale * cosine, config.batch)
+        case HPSConfig():
+            return TextMatch(load_hps(files_of(config)), lambda cosine: cosine, config.batch)
+        case AestheticConfig():
+            files = files_of(config)
+            clip = load_clip(files)
+            head = AestheticHead(clip.width)
+            strict_load(head, read_weights(Path(config.head)), config.head)
+            return Aesthetic(clip, head, config.batch)
+        case SSIMConfig():
+            return SSIM(config, demand_pictures("ssim", pictures))
+        case DINOConfig():
+            pictures = demand_pictures("dino", pictures)
+            return DINOSimilarity(config, load_dino(files_of(config)), pictures)
     assert_never(config)
 
 

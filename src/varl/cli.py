@@ -574,6 +574,26 @@ def show_plan(target: Target, assignments: Set = None) -> None:
         raise typer.Exit(REFUSED)
 
 
+@app.command("reward-check", epilog=recipes_help(RunConfig))
+def reward_check(
+    target: Target,
+    pictures: Annotated[
+        Path, typer.Option("--pictures", help="Real pictures with what they show: a folder for each class, or with prompts.jsonl.")
+    ],
+    assignments: Set = None,
+    most: Annotated[int, typer.Option(min=1, help="How many of them.")] = 32,
+) -> None:
+    """Try each reward of a run on real pictures: what it says of them and of noise, its time alone and in batches, its memory."""
+    config = load_as(target, assignments, RunConfig, "pretrain")
+    from varl.plan.rewards import said, try_rewards
+
+    head, rows = said(try_rewards(config, pictures, most))
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*row)
+    out_console.print(table)
+
+
 @app.command(epilog=recipes_help(RunConfig))
 def probe(
     target: Target,

@@ -1072,7 +1072,99 @@ class ClassScoreConfig:
         _demand("class_score.floor", self.floor, self.floor < 0, "below 0")
 
 
-RewardConfig = OCRConfig | PythonRewardConfig | ReconstructionConfig | ClassScoreConfig
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CLIPScoreConfig:
+    """CLIPScore (arXiv 2104.08718): how well the picture fits the prompt's text, 100 max(cosine, 0) as libraries report it (20 to 35)."""
+
+    model: str = "openai/clip-vit-large-patch14"
+    """A CLIP: a folder that `transformers` saved, or a hub name. The paper's is openai/clip-vit-base-patch32."""
+    batch: int = 64
+    """Pictures at once through the network. Changes memory, not results."""
+
+    def __post_init__(self) -> None:
+        _demand("clip_score.batch", self.batch, self.batch >= 1, "1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PickScoreConfig:
+    """PickScore (arXiv 2305.01569): which picture people would pick for the prompt's text, exp(logit_scale) cosine (18 to 24)."""
+
+    model: str = "yuvalkirstain/PickScore_v1"
+    """A CLIP: a folder that `transformers` saved, or a hub name."""
+    processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    """Whose tokenizer and preprocessing: a folder, or a hub name."""
+    batch: int = 64
+    """Pictures at once through the network. Changes memory, not results."""
+
+    def __post_init__(self) -> None:
+        _demand("pick_score.batch", self.batch, self.batch >= 1, "1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HPSConfig:
+    """HPS v2.1 (arXiv 2306.09341): which picture people would prefer for the prompt's text, a cosine (.2 to .35)."""
+
+    weights: str = "xswu/HPSv2"
+    """The released file HPS_v2.1_compressed.pt, or a hub name whose local cache holds it."""
+    processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    """The CLIP that it was tuned from: a folder with its config, tokenizer and preprocessing, or a hub name. Its weights are not needed."""
+    batch: int = 64
+    """Pictures at once through the network. Changes memory, not results."""
+
+    def __post_init__(self) -> None:
+        _demand("hps.batch", self.batch, self.batch >= 1, "1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AestheticConfig:
+    """LAION's aesthetic predictor, version 2: how much people would like the picture, 1 to 10, whatever the prompt."""
+
+    head: str
+    """The released file sac+logos+ava1-l14-linearMSE.pth."""
+    model: str = "openai/clip-vit-large-patch14"
+    """A CLIP: a folder that `transformers` saved, or a hub name."""
+    batch: int = 64
+    """Pictures at once through the network. Changes memory, not results."""
+
+    def __post_init__(self) -> None:
+        _demand("aesthetic.batch", self.batch, self.batch >= 1, "1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SSIMConfig:
+    """Structural similarity to the prompt's reference picture, at most 1."""
+
+    multiscale: bool = False
+    """MS-SSIM, over five scales, for which pictures need 176 pixels to a side."""
+    batch: int = 64
+    """Pictures at once. Changes memory, not results."""
+    keep: int = 64
+    """Reference pictures kept, the latest."""
+
+    def __post_init__(self) -> None:
+        _demand("ssim.batch", self.batch, self.batch >= 1, "1 or more")
+        _demand("ssim.keep", self.keep, self.keep >= 1, "1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DINOConfig:
+    """How alike the picture and the prompt's reference picture look to DINOv2 (arXiv 2304.07193): a cosine."""
+
+    model: str = "facebook/dinov2-base"
+    """A folder that `transformers` saved, or a hub name."""
+    batch: int = 64
+    """Pictures at once through the network. Changes memory, not results."""
+    keep: int = 1024
+    """Features of reference pictures kept, the latest."""
+
+    def __post_init__(self) -> None:
+        _demand("dino.batch", self.batch, self.batch >= 1, "1 or more")
+        _demand("dino.keep", self.keep, self.keep >= 1, "1 or more")
+
+
+NetworkRewardConfig = CLIPScoreConfig | PickScoreConfig | HPSConfig | AestheticConfig | DINOConfig
+"""Rewards whose weights lie in files."""
+RewardConfig = OCRConfig | PythonRewardConfig | ReconstructionConfig | ClassScoreConfig | NetworkRewardConfig | SSIMConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

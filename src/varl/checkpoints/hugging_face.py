@@ -30,14 +30,35 @@ def require_transformers() -> None:
 def find(name: str, setting: str) -> Path:
     """The folder `name`, or the newest snapshot of the hub's model of that name in the local Hugging Face cache. `setting` says in an
     error what was set to it."""
-    path = Path(name).expanduser()
-    if not path.is_dir():
-        path = _snapshot(name, setting)
+    path = find_folder(name, setting)
     if not (path / "config.json").is_file():
         raise ConfigError(f"{setting}={name!r}: no config.json in {path}. Give a folder that transformers saved, or a hub name.")
     if not any(weights for kind in WEIGHTS for weights in path.glob(kind)):
         raise ConfigError(f"{setting}={name!r}: {path} holds no weights ({', '.join(WEIGHTS)}). {_fetch(name)}")
     return path
+
+
+def find_folder(name: str, setting: str) -> Path:
+    """The same, whatever the folder holds."""
+    path = Path(name).expanduser()
+    return path if path.is_dir() else _snapshot(name, setting)
+
+
+def find_file(name: str, file: str, setting: str) -> Path:
+    """The file `name`, or `file` of the hub's model of that name in the local Hugging Face cache."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if not is_hub_name(name):
+        raise ConfigError(f"{setting}={name!r}: there is no such file. Give {file}, or a hub name.")
+    require_transformers()
+    found = importlib.import_module("huggingface_hub").try_to_load_from_cache(name, file)
+    if not isinstance(found, str):
+        raise ConfigError(
+            f"{setting}={name!r}: there is no such file, and the Hugging Face cache holds no {file} of a model of that name. "
+            f"Run `hf download {name} {file}` where there is a network, or give the path of the file."
+        )
+    return Path(found)
 
 
 def told_by(folder: Path) -> dict[str, Any]:

@@ -10,21 +10,28 @@ from varl.build import PicturesOf, build_reward, demand_pictures, model_path
 from varl.checkpoints import harmon, janus
 from varl.checkpoints.folder import MANIFEST, load_config, read_part
 from varl.checkpoints.model import Pair
+from varl.checkpoints.vision import files_of
 from varl.config import (
     ActingConfig,
+    AestheticConfig,
     ClassifierConfig,
     ClassScoreConfig,
+    CLIPScoreConfig,
     DataConfig,
+    DINOConfig,
     FolderConfig,
     GlyphsConfig,
+    HPSConfig,
     MARGRPOConfig,
     ModelConfig,
     OCRConfig,
+    PickScoreConfig,
     PicturesConfig,
     PythonRewardConfig,
     ReconstructionConfig,
     RewardConfig,
     RunConfig,
+    SSIMConfig,
     VAPIConfig,
     VARRLConfig,
     WeightedReward,
@@ -42,7 +49,7 @@ from varl.plan.families import require_readable, without_memory
 from varl.policies.acting import class_ids
 from varl.rewards.ocr import choose_engine, open_engine
 from varl.rewards.toy import load_callable
-from varl.settings import model_from_yaml
+from varl.settings import KINDS, model_from_yaml
 from varl.types import Prompt
 
 PROMPTS_TRIED = 64
@@ -216,6 +223,13 @@ def judge_of(name: str, config: RewardConfig, pictures: PicturesOf | None) -> st
         case ClassScoreConfig():
             build_reward(config)
             return f"{name}: the class, by {config.classifier}"
+        case CLIPScoreConfig() | PickScoreConfig() | HPSConfig() | AestheticConfig() | DINOConfig():
+            if isinstance(config, DINOConfig):
+                demand_pictures("dino", pictures)
+            return f"{name}: {KINDS[type(config)]}, by {files_of(config).weights}"
+        case SSIMConfig():
+            demand_pictures("ssim", pictures)
+            return f"{name}: {'MS-SSIM' if config.multiscale else 'SSIM'} to the prompt's picture"
     assert_never(config)
 
 

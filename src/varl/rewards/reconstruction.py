@@ -1,7 +1,5 @@
 """How near is the picture to a real one?"""
 
-import logging
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,11 +8,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from varl.config import ReconstructionConfig
-from varl.errors import ConfigError, DataError, RewardError
+from varl.errors import ConfigError
 from varl.rewards.perceptual import Distance, Features, Maps, feature_distance
+from varl.rewards.references import References
 from varl.types import Judgement, Prompt
-
-log = logging.getLogger(__name__)
 
 
 def mean_squared_error(images: Float[Tensor, "B 3 H W"], references: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
@@ -72,8 +69,8 @@ class ReconstructionReward:
         distance: Distance = feature_distance,
     ) -> None:
         require_network(config, features)
-        self.config, self.pictures, self.features, self.distance = config, pictures, features, distance
-        self._kept: OrderedDict[str, Reference | None] = OrderedDict()
+        self.config, self.features, self.distance = config, features, distance
+        self._references = References(pictures, self._look, config.keep)
 
     @torch.no_grad()
     def __call__(self, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt]) -> Judgement:
@@ -83,39 +80,12 @@ class ReconstructionReward:
                 part.to(images.device)
         names = ("mse",) if features is None else ("mse", "perceptual")
         parts = {name: torch.full((len(prompts),), torch.nan) for name in names}
-        for start in range(0, len(prompts), self.config.batch):
-            found = {}
-            for row in range(start, min(start + self.config.batch, len(prompts))):
-                if (reference := self._reference(prompts[row], images)) is not None:
-                    found[row] = reference
-            if not found:
-                continue
-            references = torch.stack([reference.picture for reference in found.values()])
-            maps = [torch.stack(layer) for layer in zip(*(reference.maps for reference in found.values()), strict=True)]
-            for name, part in distances(images[list(found)].float(), references, maps, features, self.distance).items():
-                parts[name][list(found)] = part.cpu()
+        for rows, found in self._references.batches(images, prompts, self.config.batch):
+            references = torch.stack([reference.picture for reference in found])
+            maps = [torch.stack(layer) for layer in zip(*(reference.maps for reference in found), strict=True)]
+            for name, part in distances(images[rows].float(), references, maps, features, self.distance).items():
+                parts[name][rows] = part.cpu()
         return Judgement(value=reconstruction_value(parts, self.config.lpips_weight), parts=parts)
 
-    def _reference(self, prompt: Prompt, images: Float[Tensor, "B 3 H W"]) -> Reference | None:
-        """The prompt's picture, from those kept if it is there; None if it cannot be read, which the log says once."""
-        if prompt.image is None:
-            raise RewardError(f"prompt {prompt.text or prompt.label!r}: has no picture to compare with. Give it an `image`.")
-        if prompt.image not in self._kept:
-            self._kept[prompt.image] = self._read(prompt, images)
-            if len(self._kept) > self.config.keep:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(prompt.image)
-        return self._kept[prompt.image]
-
-    def _read(self, prompt: Prompt, images: Float[Tensor, "B 3 H W"]) -> Reference | None:
-        try:
-            picture = self.pictures([prompt]).to(images.device, torch.float32)
-        except (DataError, OSError) as error:
-            log.warning("reference picture %s cannot be read: %s", prompt.image, error)
-            return None
-        if picture.shape[1:] != images.shape[1:]:
-            raise RewardError(
-                f"reference picture {prompt.image}: is {list(picture.shape[2:])} pixels, those drawn are {list(images.shape[2:])}. Set "
-                "data.image_size to the model's."
-            )
+    def _look(self, picture: Float[Tensor, "1 3 H W"]) -> Reference:
         return Reference(picture[0], [layer[0] for layer in self.features(picture)] if self.features is not None else [])

@@ -1,0 +1,109 @@
+"""CLIP (arXiv 2103.00020) and DINOv2 (arXiv 2304.07193) as `transformers` has them, looking at pictures that stay on their device."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+TEXTS_KEPT = 16384
+"""Captions whose features are kept, the latest: 64 MiB of a CLIP-H."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preprocessing:
+    """How a network wants its pictures."""
+
+    side: int
+    """Pixels to which the shorter side is scaled; the longer one where `whole`."""
+    crop: tuple[int, int]
+    """(H, W) of the middle that is cut out."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    whole: bool = False
+    """Nothing is cut off: the picture lies in the middle of `crop`, on black."""
+
+
+def preprocess(images: Float[Tensor, "B 3 H W"], wanted: Preprocessing) -> Float[Tensor, "B 3 h w"]:
+    """Pictures in [0, 1], scaled (bicubic, antialiased, first across and then down, kept in [0, 1]), their middle cut out, and normalised
+    by channel. As CLIPImageProcessor does with bytes, but that it rounds to bytes after each direction: its pixels differ by less than
+    1.5/255."""
+    shape = images.shape[2:]
+    if wanted.whole:
+        size = [round(wanted.side * pixels / max(shape)) for pixels in shape]
+    else:
+        size = [wanted.side * pixels // min(shape) for pixels in shape]
+    images = images.float()
+    for to in ([shape[0], size[1]], size):
+        if to != list(images.shape[2:]):
+            images = F.interpolate(images, to, mode="bicubic", antialias=True).clamp(0, 1)
+    edges: list[int] = []
+    for have, want in zip(size, wanted.crop, strict=True):
+        before = int((want - have) / 2)
+        edges = [before, want - have - before, *edges]
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (wanted.mean, wanted.std))
+    return (F.pad(images, edges) - mean) / std
+
+
+class CLIP(nn.Module):
+    """`transformers`' CLIPModel with its tokenizer and what it wants of pictures; frozen, in fp32."""
+
+    def __init__(self, model: Any, tokenizer: Any, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer, self.preprocessing = tokenizer, preprocessing
+        self._texts: OrderedDict[str, Tensor] = OrderedDict()
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.model.config.projection_dim
+
+    @property
+    def logit_scale(self) -> float:
+        """By what its training multiplied cosines."""
+        return float(self.model.logit_scale.detach().exp())
+
+    @torch.no_grad()
+    def encode_images(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        """Unit feature vectors of pictures in [0, 1]."""
+        features = self.model.get_image_features(pixel_values=preprocess(images, self.preprocessing)).pooler_output
+        return F.normalize(features, dim=1)
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "B D"]:
+        """Unit feature vectors of captions; what is beyond the model's 77 tokens is cut off. Each caption is encoded once, and alone, so
+        that its features do not depend on its neighbours."""
+        found = []
+        for text in texts:
+            if text not in self._texts:
+                self._texts[text] = self._encode(text)
+                if len(self._texts) > TEXTS_KEPT:
+                    self._texts.popitem(last=False)
+            self._texts.move_to_end(text)
+            found.append(self._texts[text])
+        return torch.stack(found).to(self.model.device)
+
+    def _encode(self, text: str) -> Float[Tensor, " D"]:
+        most = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(text, truncation=True, max_length=most, return_tensors="pt").to(self.model.device)
+        features = self.model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
+        return F.normalize(features[0], dim=0)
+
+
+class DINO(nn.Module):
+    """`transformers`' Dinov2Model with what it wants of pictures; frozen, in fp32."""
+
+    def __init__(self, model: Any, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.model, self.preprocessing = model.eval().requires_grad_(False), preprocessing
+
+    @torch.no_grad()
+    def encode_images(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        """Unit vectors of the class token's features after the last layer norm, of pictures in [0, 1]."""
+        found = self.model(pixel_values=preprocess(images, self.preprocessing))
+        return F.normalize(found.last_hidden_state[:, 0], dim=1)
