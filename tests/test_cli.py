@@ -36,6 +36,7 @@ COMMANDS = [
     "parity",
     "demo",
     "convert",
+    "reward-serve",
 ]
 WITNESSED = """
 import os

@@ -123,6 +123,8 @@ def needed(cls):
         return {"trains": "decoder"}
     if cls is configs.ClassScoreConfig:
         return {"classifier": "c"}
+    if cls is configs.ServedRewardConfig:
+        return {"url": "http://localhost:1"}
     if cls is configs.AestheticConfig:
         return {"head": "h"}
     return {"path": "p"} if cls in (FolderConfig, configs.PicturesConfig) else {"target": "a:b"} if cls is PythonRewardConfig else {}

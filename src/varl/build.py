@@ -4,7 +4,7 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -13,19 +13,16 @@ from torch import Tensor
 
 from varl.algorithms.grpo import GRPO
 from varl.algorithms.mar_grpo import MARGRPO
+from varl.algorithms.mixing import standardised
 from varl.algorithms.va_pi import VAPI
 from varl.algorithms.var_rl import VARRL
 from varl.checkpoints import hugging_face
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.folder import strict_load
 from varl.checkpoints.model import Pair, model_path
-<<<<<<< HEAD
-from varl.checkpoints.text_encoder import load_text_encoder
-=======
 from varl.checkpoints.released import read_weights
-from varl.checkpoints.t5 import load_t5
+from varl.checkpoints.text_encoder import load_text_encoder
 from varl.checkpoints.vision import files_of, load_clip, load_dino, load_hps
->>>>>>> 39138d7f8705974a7316ec1c33e90dd9d6a893d3
 from varl.config import (
     ActingConfig,
     AestheticConfig,
@@ -51,6 +48,7 @@ from varl.config import (
     ReconstructionConfig,
     RewardConfig,
     RunConfig,
+    ServedRewardConfig,
     SSIMConfig,
     UnmaskingConfig,
     VAPIConfig,
@@ -83,6 +81,7 @@ from varl.rewards.judge import RewardJudge
 from varl.rewards.networks import open_network
 from varl.rewards.ocr_reward import OCRReward
 from varl.rewards.reconstruction import ReconstructionReward
+from varl.rewards.served import ServedReward
 from varl.rewards.similarity import SSIM, DINOSimilarity
 from varl.rewards.toy import load_callable
 from varl.settings import to_yaml
@@ -243,6 +242,8 @@ def build_reward(config: RewardConfig, pictures: PicturesOf | None = None) -> Re
         case DINOConfig():
             pictures = demand_pictures("dino", pictures)
             return DINOSimilarity(config, load_dino(files_of(config)), pictures)
+        case ServedRewardConfig():
+            return ServedReward(config)
     assert_never(config)
 
 
@@ -254,7 +255,18 @@ def demand_pictures(who: str, pictures: PicturesOf | None) -> PicturesOf:
 
 
 def build_judge(config: RunConfig, pictures: PicturesOf | None) -> RewardJudge:
-    return RewardJudge({name: (part.weight, build_reward(part.reward, pictures)) for name, part in config.rewards.items()})
+    parts = {name: (part.weight, build_reward(part.reward, pictures)) for name, part in config.rewards.items()}
+    return RewardJudge(parts, standardised if config.algorithm.grpo.multi_objective_aggregation == "normalize_then_sum" else None)
+
+
+def build_served(config: RunConfig, name: str) -> RewardFn:
+    """One of the run's rewards, to be served. The run's pictures are looked for when they are first asked for, for not all rewards do."""
+
+    @cache
+    def real() -> PicturesOf:
+        return demand_pictures(name, build_prompts(config.data, config.seed, config.eval.samples).pictures)
+
+    return build_reward(config.rewards[name].reward, lambda prompts: real()(prompts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

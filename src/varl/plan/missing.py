@@ -31,6 +31,7 @@ from varl.config import (
     ReconstructionConfig,
     RewardConfig,
     RunConfig,
+    ServedRewardConfig,
     SSIMConfig,
     VAPIConfig,
     VARRLConfig,
@@ -48,6 +49,7 @@ from varl.plan.cost import Update, contexts_of, rows_of
 from varl.plan.families import require_readable, without_memory
 from varl.policies.acting import class_ids
 from varl.rewards.ocr import choose_engine, open_engine
+from varl.rewards.served import health
 from varl.rewards.toy import load_callable
 from varl.settings import KINDS, model_from_yaml
 from varl.types import Prompt
@@ -203,7 +205,7 @@ def count(those: Sequence[Prompt], others: Sequence[Prompt]) -> str:
 
 
 def judge_of(name: str, config: RewardConfig, pictures: PicturesOf | None) -> str:
-    """Who judges. The engine is opened, the callable found; `pictures` are the data's, if it has any."""
+    """Who judges. The engine is opened, the callable found, the service asked how it is; `pictures` are the data's, if it has any."""
     match config:
         case OCRConfig():
             engine, why = choose_engine(config.engine)
@@ -230,6 +232,9 @@ def judge_of(name: str, config: RewardConfig, pictures: PicturesOf | None) -> st
         case SSIMConfig():
             demand_pictures("ssim", pictures)
             return f"{name}: {'MS-SSIM' if config.multiscale else 'SSIM'} to the prompt's picture"
+        case ServedRewardConfig():
+            said = health(config.url)
+            return f"{name}: {said['scorer']} at {config.url}{'' if said['ready'] else ', which is still loading'}"
     assert_never(config)
 
 

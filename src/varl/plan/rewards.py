@@ -86,7 +86,8 @@ def peak_bytes(device: torch.device, call: Callable[[], object]) -> int:
         call()
     events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
     held = peak = 0
-    for _, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+    changes = ((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")  # type: ignore[attr-defined]
+    for _, change in sorted(changes):
         held += change
         peak = max(peak, held)
     return peak

@@ -18,6 +18,14 @@ def words_cpu() -> RunConfig:
 
 def glyphs_mar_cpu() -> RunConfig:
     """GRPO end to end on mar_grpo/glyphs_cpu's model and letters: the head learns too, no further paths."""
-    ours = mar_grpo.glyphs_cpu()
-    assert isinstance(ours.algorithm, MARGRPOConfig)
-    return replace(ours, name="grpo/glyphs_mar_cpu", algorithm=replace(ours.algorithm, num_trajectories=0, train_head=True))
+    return replace(
+        mar_grpo.glyphs_cpu(),
+        name="grpo/glyphs_mar_cpu",
+        algorithm=MARGRPOConfig(
+            grpo=GRPOConfig(num_generations=12, beta=0.01, loss_type="dapo", rollouts_per_chunk=72),
+            ar_steps=0,
+            denoise_moves=6,
+            num_trajectories=0,
+            train_head=True,
+        ),
+    )

@@ -32,7 +32,10 @@ def _paper(name: str, model: str, data: FolderConfig | PicturesConfig, law: LawC
         data=data,
         rewards=PREFERENCE,
         algorithm=MARGRPOConfig(
-            grpo=GRPOConfig(num_generations=4, beta=0.01, rollouts_per_chunk=32), ar_steps=12, denoise_moves=10, num_trajectories=paths
+            grpo=GRPOConfig(num_generations=4, beta=0.01, loss_type="dapo", rollouts_per_chunk=32),
+            ar_steps=12,
+            denoise_moves=10,
+            num_trajectories=paths,
         ),
         sample_law=law,
         score_law=law,
@@ -93,7 +96,10 @@ def glyphs_cpu() -> RunConfig:
         data=pretrain.GLYPHS,
         rewards={"class": WeightedReward(reward=ClassScoreConfig(classifier="bundled:glyphs_reward"))},
         algorithm=MARGRPOConfig(
-            grpo=GRPOConfig(num_generations=12, beta=0.01, rollouts_per_chunk=72), ar_steps=0, denoise_moves=6, num_trajectories=2
+            grpo=GRPOConfig(num_generations=12, beta=0.01, loss_type="dapo", rollouts_per_chunk=72),
+            ar_steps=0,
+            denoise_moves=6,
+            num_trajectories=2,
         ),
         unmasking=UnmaskingConfig(steps=4, denoise_steps=15),
         train=TrainConfig(
