@@ -13,6 +13,7 @@ from torch import Tensor
 
 from varl.algorithms.grpo import GRPO
 from varl.algorithms.mar_grpo import MARGRPO
+from varl.algorithms.mixing import standardised
 from varl.algorithms.va_pi import VAPI
 from varl.algorithms.var_rl import VARRL
 from varl.checkpoints import hugging_face
@@ -217,7 +218,8 @@ def demand_pictures(who: str, pictures: PicturesOf | None) -> PicturesOf:
 
 
 def build_judge(config: RunConfig, pictures: PicturesOf | None) -> RewardJudge:
-    return RewardJudge({name: (part.weight, build_reward(part.reward, pictures)) for name, part in config.rewards.items()})
+    parts = {name: (part.weight, build_reward(part.reward, pictures)) for name, part in config.rewards.items()}
+    return RewardJudge(parts, standardised if config.algorithm.grpo.multi_objective_aggregation == "normalize_then_sum" else None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -711,6 +711,9 @@ class GRPOConfig:
     """As a loss: analytic and k2 have the gradient of the reverse KL, k3 that of the forward KL, k1 none at all in expectation."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """By which standard deviation advantages are divided."""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """Of several rewards: sum_then_normalize weighs them in their own units; normalize_then_sum first divides each by its own standard
+    deviation inside the group (GDPO, arXiv 2601.05242), so that a weight means the same for all."""
     num_iterations: int = 1
     """Optimizer steps on each batch of rollouts."""
     panw_alpha: float = 0.0

@@ -1,7 +1,7 @@
 """Asks rewards in the background, and adds up what they say."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -101,15 +101,18 @@ def _beside(images: Tensor, drawn: Any) -> Iterator[None]:
 
 
 class RewardJudge:
-    """A Judge: named rewards with weights, each asked in a thread of its own while the caller goes on.
+    """A Judge: named rewards with weights, each asked in a thread of its own while the caller goes on. `prepare`, if given, changes every
+    judgement before it is weighed and added up; `parts` tell what it was before.
 
     A reward that raises fails for that batch: NaN, and once a line in the log. VARL's own errors (a missing engine, a wrong shape)
     and KeyboardInterrupt come out of the future instead. On CUDA pictures are judged on a stream of their own."""
 
-    def __init__(self, parts: Mapping[str, tuple[float, RewardFn]]) -> None:
+    def __init__(
+        self, parts: Mapping[str, tuple[float, RewardFn]], prepare: Callable[[Judgement, Sequence[Prompt]], Judgement] | None = None
+    ) -> None:
         if not parts:
             raise RewardError("no rewards: nothing to learn from. Name at least one.")
-        self.parts = dict(parts)
+        self.parts, self.prepare = dict(parts), prepare
         self._askers = {name: ThreadPoolExecutor(1, thread_name_prefix=f"reward-{name}") for name in parts}
         self._adder = ThreadPoolExecutor(1, thread_name_prefix="judge")
         self._complained: set[str] = set()
@@ -118,7 +121,14 @@ class RewardJudge:
         """Asks every reward now, and answers later."""
         drawn = torch.cuda.current_stream(images.device).record_event() if images.is_cuda else None
         asked = {name: self._askers[name].submit(self._ask, name, images, prompts, drawn) for name in self.parts}
-        return self._adder.submit(lambda: combine({name: (self.parts[name][0], future.result()) for name, future in asked.items()}))
+        return self._adder.submit(lambda: self._add({name: future.result() for name, future in asked.items()}, prompts))
+
+    def _add(self, told: Mapping[str, Judgement], prompts: Sequence[Prompt]) -> Judgement:
+        plain = combine({name: (self.parts[name][0], judgement) for name, judgement in told.items()})
+        if self.prepare is None:
+            return plain
+        mixed = combine({name: (self.parts[name][0], self.prepare(judgement, prompts)) for name, judgement in told.items()})
+        return replace(mixed, parts=plain.parts)
 
     @torch.no_grad()
     def _ask(self, name: str, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt], drawn: Any) -> Judgement:
