@@ -4,7 +4,7 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -39,6 +39,7 @@ from varl.config import (
     ReconstructionConfig,
     RewardConfig,
     RunConfig,
+    ServedRewardConfig,
     UnmaskingConfig,
     VAPIConfig,
     VARRLConfig,
@@ -69,6 +70,7 @@ from varl.rewards.judge import RewardJudge
 from varl.rewards.networks import open_network
 from varl.rewards.ocr_reward import OCRReward
 from varl.rewards.reconstruction import ReconstructionReward
+from varl.rewards.served import ServedReward
 from varl.rewards.toy import load_callable
 from varl.settings import to_yaml
 from varl.tokenizers.bsq import BSQ
@@ -207,6 +209,8 @@ def build_reward(config: RewardConfig, pictures: PicturesOf | None = None) -> Re
             return ReconstructionReward(config, demand_pictures("reconstruction", pictures), *open_network(config))
         case ClassScoreConfig():
             return ClassScore(model_folder.load_classifier(model_path(config.classifier)), config.floor)
+        case ServedRewardConfig():
+            return ServedReward(config)
     assert_never(config)
 
 
@@ -220,6 +224,16 @@ def demand_pictures(who: str, pictures: PicturesOf | None) -> PicturesOf:
 def build_judge(config: RunConfig, pictures: PicturesOf | None) -> RewardJudge:
     parts = {name: (part.weight, build_reward(part.reward, pictures)) for name, part in config.rewards.items()}
     return RewardJudge(parts, standardised if config.algorithm.grpo.multi_objective_aggregation == "normalize_then_sum" else None)
+
+
+def build_served(config: RunConfig, name: str) -> RewardFn:
+    """One of the run's rewards, to be served. The run's pictures are looked for when they are first asked for, for not all rewards do."""
+
+    @cache
+    def real() -> PicturesOf:
+        return demand_pictures(name, build_prompts(config.data, config.seed, config.eval.samples).pictures)
+
+    return build_reward(config.rewards[name].reward, lambda prompts: real()(prompts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from varl.config import LawConfig, PretrainConfig, RasterConfig, RunConfig, UnmaskingConfig
+from varl.config import LawConfig, PretrainConfig, RasterConfig, RunConfig, ServedRewardConfig, UnmaskingConfig
 from varl.errors import ConfigError, VarlError
 from varl.recipes import describe, recipe
 from varl.settings import from_yaml, override
@@ -608,6 +609,67 @@ def probe(
     for line in found["recommendations"]:
         typer.echo(f"- {line}")
     typer.echo(f"probe   {folder / 'probe.json'}")
+
+
+@app.command("reward-serve")
+def reward_serve(
+    target: Annotated[
+        str, typer.Argument(metavar="RECIPE|CONFIG.YAML|MODULE:FUNCTION", help="A run's reward, or any callable, as path.py:function too.")
+    ],
+    assignments: Set = None,
+    reward: Annotated[str | None, typer.Option(help="Its name, where the run has several.")] = None,
+    python: Annotated[
+        str | None,
+        typer.Option(help="Another interpreter, for MODULE:FUNCTION. It needs numpy and what the scorer needs, and not VARL."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where to listen. Whoever can reach it can ask: no password, no encryption.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes one that is free.")] = 0,
+    batch: Annotated[int, typer.Option(min=0, help="Pictures at once at most; 0 is as many as are sent.")] = 0,
+    warm_up: Annotated[str, typer.Option(metavar="HxW", help="Size of the grey picture that is judged first.")] = "256x256",
+) -> None:
+    """A reward in a process of its own. Prints where it listens, loads, and answers until Ctrl-C; `kind: served` asks it."""
+    speak(False)
+    if python is not None:
+        from varl.rewards.service import command, picture_size
+
+        interpreter = shutil.which(python)
+        if interpreter is None:
+            raise ConfigError(f"--python {python}: there is no such interpreter. Give the path of one, for example my-venv/bin/python.")
+        if reward or assignments or is_config(target):
+            raise ConfigError(
+                f"--python {python}: a run's reward needs VARL. Give module:function or path.py:function instead of {target}."
+            )
+        try:
+            picture_size(warm_up)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # which is for this interpreter
+        os.execve(interpreter, command(interpreter, target, host, port, batch, warm_up), environment)
+    from varl.rewards.served import serve
+    from varl.rewards.toy import load_callable
+
+    if is_config(target):
+        config = load_as(target, assignments, RunConfig, "pretrain")
+        names = ", ".join(config.rewards)
+        if reward is None and len(config.rewards) != 1:
+            raise ConfigError(f"{target}: has {len(config.rewards)} rewards. Name one with --reward: {names}.")
+        reward = reward or next(iter(config.rewards))
+        if reward not in config.rewards:
+            raise ConfigError(f"--reward {reward}: is none of the rewards of {target}. Name one of {names}.")
+        if isinstance(config.rewards[reward].reward, ServedRewardConfig):
+            raise ConfigError(f"{target}: its reward {reward} is served already. Give one that is not.")
+        from varl.build import build_served
+
+        serve(lambda: build_served(config, reward), f"{target} {reward}", host=host, port=port, batch=batch, warm_up=warm_up)
+    elif reward or assignments:
+        raise ConfigError(f"--reward and --set are for a run's reward, and {target} is a callable. Leave them out.")
+    else:
+        serve(lambda: load_callable(target), target, host=host, port=port, batch=batch, warm_up=warm_up)
+
+
+def is_config(target: str) -> bool:
+    """Whether `target` is a recipe or a YAML file; else it is a callable."""
+    return ":" not in target or Path(target).suffix in (".yaml", ".yml")
 
 
 @app.command()

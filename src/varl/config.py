@@ -1,6 +1,7 @@
 """Every knob of a run: frozen dataclasses, no torch. Composed, never inherited; each field has one home, and says its unit and source."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import ClassVar, Literal
@@ -1074,7 +1075,34 @@ class ClassScoreConfig:
         _demand("class_score.floor", self.floor, self.floor < 0, "below 0")
 
 
-RewardConfig = OCRConfig | PythonRewardConfig | ReconstructionConfig | ClassScoreConfig
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedRewardConfig:
+    """Whatever `varl reward-serve` serves, in another process or on another machine."""
+
+    url: str
+    """The address that it prints: http://HOST:PORT."""
+    timeout: float = 60.0
+    """Seconds for one chunk of pictures, all tries together, after which they are NaN."""
+    retries: int = 4
+    """Further tries where the answer is none."""
+    backoff: float = 0.5
+    """Seconds before the first of them; before each later one twice as long."""
+    break_after: int = 3
+    """Chunks without an answer, in a row, after which the service is not asked for a while."""
+    rest: float = 30.0
+    """Seconds of that while; pictures are NaN at once."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"http://([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?/?", self.url):
+            raise ConfigError(f"served.url={self.url!r}: must be http://HOST:PORT, as `varl reward-serve` prints it.")
+        _demand("served.timeout", self.timeout, 0 < self.timeout < math.inf, "above 0 and finite")
+        _demand("served.retries", self.retries, self.retries >= 0, "0 (none) or more")
+        _demand("served.backoff", self.backoff, self.backoff >= 0, "0 or more")
+        _demand("served.break_after", self.break_after, self.break_after >= 1, "1 or more")
+        _demand("served.rest", self.rest, self.rest >= 0, "0 (never stop asking) or more")
+
+
+RewardConfig = OCRConfig | PythonRewardConfig | ReconstructionConfig | ClassScoreConfig | ServedRewardConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

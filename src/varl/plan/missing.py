@@ -25,6 +25,7 @@ from varl.config import (
     ReconstructionConfig,
     RewardConfig,
     RunConfig,
+    ServedRewardConfig,
     VAPIConfig,
     VARRLConfig,
     WeightedReward,
@@ -41,6 +42,7 @@ from varl.plan.cost import Update, contexts_of, rows_of
 from varl.plan.families import require_readable, without_memory
 from varl.policies.acting import class_ids
 from varl.rewards.ocr import choose_engine, open_engine
+from varl.rewards.served import health
 from varl.rewards.toy import load_callable
 from varl.settings import model_from_yaml
 from varl.types import Prompt
@@ -196,7 +198,7 @@ def count(those: Sequence[Prompt], others: Sequence[Prompt]) -> str:
 
 
 def judge_of(name: str, config: RewardConfig, pictures: PicturesOf | None) -> str:
-    """Who judges. The engine is opened, the callable found; `pictures` are the data's, if it has any."""
+    """Who judges. The engine is opened, the callable found, the service asked how it is; `pictures` are the data's, if it has any."""
     match config:
         case OCRConfig():
             engine, why = choose_engine(config.engine)
@@ -216,6 +218,9 @@ def judge_of(name: str, config: RewardConfig, pictures: PicturesOf | None) -> st
         case ClassScoreConfig():
             build_reward(config)
             return f"{name}: the class, by {config.classifier}"
+        case ServedRewardConfig():
+            said = health(config.url)
+            return f"{name}: {said['scorer']} at {config.url}{'' if said['ready'] else ', which is still loading'}"
     assert_never(config)
 
 
