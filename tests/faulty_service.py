@@ -18,9 +18,8 @@ def score(images, prompts):
     value = (flat * np.linspace(0.1, 1.2, flat.shape[1], dtype="<f4")).sum(1)
     words = [[SimpleNamespace(text=prompt["text"], confidence=0.5, box=[0, 0, 1, 1])] for prompt in prompts]
     share = np.stack([value / 4, 3 * value / 4], 1)
-    return SimpleNamespace(
-        value=value, parts={"first": flat[:, 0]}, region_value=share, region_box=np.ones((len(images), 2, 4)), found=words
-    )
+    box = np.ones((len(images), 2, 4))
+    return SimpleNamespace(value=value, parts={"first": flat[:, 0]}, region_value=share, region_box=box, found=words)
 
 
 class Faulty(Service):

@@ -11,6 +11,7 @@ import time
 import venv
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
+from http.client import HTTPConnection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,8 +73,8 @@ def test_it_is_a_safetensors_file(tmp_path):
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert json.loads(file.metadata()["varl"]) == said
     theirs = safetensors.torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, {"varl": json.dumps(said)})
-    for data in (data, theirs):
-        again, told = unpack(bytearray(data))
+    for either in (data, theirs):
+        again, told = unpack(bytearray(either))
         assert told == said
         for name, array in arrays.items():
             np.testing.assert_array_equal(again[name], array)
@@ -92,13 +93,13 @@ GOOD = pack({"value": np.zeros(2, "<f4")}, {})
         GOOD.replace(b"F32", b"F64"),
         GOOD.replace(b"[2]", b"[3]"),
         GOOD.replace(b"__metadata__", b"__metabeta__"),
-        pack({}, ["no mapping"]),
+        GOOD.replace(b'"{}"', b'"[]"'),
         b"\xff" * 64,
     ],
     ids=lambda data: repr(data[:12]),
 )
 def test_anything_else_is_refused(data):
-    with pytest.raises(ValueError, match="not what is spoken here|no mapping"):
+    with pytest.raises(ValueError, match=r"not what is spoken here|no mapping"):
         unpack(bytearray(data))
 
 
@@ -229,19 +230,29 @@ def test_a_mistake_stops_the_run_and_is_not_tried_again():
         asked.append(1)
         raise RewardError("prompt 'one': no text region")
 
-    with listening(scorer, mistakes=(RewardError,)) as service:
-        with pytest.raises(RewardError, match=r"refuses the request \(422\): prompt 'one': no text region"):
-            ServedReward(ServedRewardConfig(url=service.url))(IMAGES, PROMPTS)
+    says = pytest.raises(RewardError, match=r"refuses the request \(422\): prompt 'one': no text region")
+    with listening(scorer, mistakes=(RewardError,)) as service, says:
+        ServedReward(ServedRewardConfig(url=service.url))(IMAGES, PROMPTS)
     assert len(asked) == 1
 
 
-def test_another_server_is_named_as_such():
-    with listening(None) as service, pytest.raises(RewardError, match=r"\(404\)"):
-        service.RequestHandlerClass.do_POST, kept = lambda self: self._send(404, {"error": "?"}), service.RequestHandlerClass.do_POST
-        try:
-            ServedReward(ServedRewardConfig(url=service.url))(IMAGES, PROMPTS)
-        finally:
-            service.RequestHandlerClass.do_POST = kept
+@pytest.mark.parametrize(
+    ("method", "path", "body", "code", "says"),
+    [
+        ("GET", "/", b"", 404, "there is /health and /judge"),
+        ("POST", "/health", b"", 404, "there is /health and /judge"),
+        ("POST", "/judge", b"{}", 400, "not what is spoken here"),
+        ("POST", "/judge", GOOD, 400, "must hold `images`"),
+        ("GET", "/health", b"", 503, None),
+    ],
+)
+def test_what_is_no_request_is_refused(method, path, body, code, says):
+    with listening(None) as service, closing(HTTPConnection("127.0.0.1", service.server_address[1])) as connection:
+        connection.request(method, path, body)
+        answer = connection.getresponse()
+        told = json.loads(answer.read())
+        assert answer.status == code
+    assert says in told["error"] if says else not told["ready"]
 
 
 def test_the_deadline_holds_for_an_answer_that_trickles_in(caplog):
@@ -526,7 +537,7 @@ def test_what_cannot_be_served_is_said(words, says, tmp_path, capfd):
     (tmp_path / "two.yaml").write_text(to_yaml(TWO))
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         known = {"TWO": str(tmp_path / "two.yaml"), "TAKEN": str(taken.getsockname()[1])}
-        assert status(["reward-serve", *(known.get(word, word) for word in words)]) == 2
+        assert status("reward-serve", *(known.get(word, word) for word in words)) == 2
     assert re.search(says, " ".join(capfd.readouterr().err.split()))
 
 

@@ -128,8 +128,12 @@ def _over(rows: Tensor, axes: int) -> Tensor:
 
 
 def _found(rows: Any, count: int) -> tuple[tuple[Found, ...], ...]:
+    def piece(text: Any, confidence: Any, box: Any) -> Found:
+        x0, y0, x1, y1 = map(float, box)
+        return Found(text=str(text), confidence=float(confidence), box=(x0, y0, x1, y1))
+
     try:
-        found = tuple(tuple(Found(text=text, confidence=sure, box=tuple(box)) for text, sure, box in row) for row in rows)
+        found = tuple(tuple(piece(*said) for said in row) for row in rows)
     except (TypeError, ValueError) as error:
         raise ValueError(f"`found` is not what was read ({error})") from error
     if len(found) != count:
@@ -215,9 +219,7 @@ def serve(load: Callable[[], RewardFn], name: str, *, host: str, port: int, batc
         size = picture_size(warm_up)
         service = Service(name, host, port, batch=batch, mistakes=(VarlError,))
     except OSError as error:
-        raise ConfigError(
-            f"--host {host} --port {port}: cannot listen there ({error}). Give another; port 0 takes one that is free."
-        ) from error
+        raise ConfigError(f"--host {host} --port {port}: cannot listen there ({error}). Port 0 takes one that is free.") from error
     except ValueError as error:
         raise ConfigError(str(error)) from error
     service.run(scorer, size)
