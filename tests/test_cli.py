@@ -22,7 +22,21 @@ from varl.recipes import describe, recipe
 from varl.rewards.toy import load_callable
 from varl.settings import to_yaml
 
-COMMANDS = ["train", "pretrain", "sample", "eval", "report", "compare", "plan", "probe", "doctor", "parity", "demo", "convert"]
+COMMANDS = [
+    "train",
+    "pretrain",
+    "sample",
+    "eval",
+    "report",
+    "compare",
+    "plan",
+    "probe",
+    "doctor",
+    "parity",
+    "demo",
+    "convert",
+    "reward-serve",
+]
 WITNESSED = """
 import os
 

@@ -1,6 +1,7 @@
 """A reward in another process: what goes over the wire, what can go wrong with it, and that training goes on. The services are processes of
 their own that listen on loopback; `faulty_service.py` fails on command."""
 
+import copy
 import json
 import re
 import socket
@@ -21,6 +22,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
+from faulty_service import score
 from tabular import TabularPolicy, brightness
 from tiny import status
 from varl.algorithms.grpo import GRPO
@@ -394,9 +396,14 @@ def weights(trainer):
 
 
 def failing(*chunks):
-    """`brightness`, but for the chunks of these numbers."""
+    """What the service answers, but for the chunks of these numbers."""
     asked = iter(range(1000))
-    return lambda images, prompts: brightness(images, prompts) * (NAN if next(asked) in chunks else 1.0)
+
+    def reward(images, prompts):
+        value = torch.from_numpy(score(images.numpy(), [asdict(prompt) for prompt in prompts]).value)
+        return value * (NAN if next(asked) in chunks else 1.0)
+
+    return reward
 
 
 def test_training_goes_on_without_the_pictures_that_failed(service, tmp_path):
@@ -405,19 +412,19 @@ def test_training_goes_on_without_the_pictures_that_failed(service, tmp_path):
     service.start("well garbage well well well die")
     remote = trainer(tmp_path, service.reward(rest=0.0), max_failed_rewards=0.5)
     local = trainer(tmp_path, failing(1, 5), max_failed_rewards=0.5)
-    failed = []
+    fresh, failed = copy.deepcopy(remote.policy.module), []
     for step in range(3):
         if step == 2:
             service.kill()
             service.start()
         got, want = remote.update(), local.update()
         assert got["reward_failed"] == want["reward_failed"]
-        assert got["reward"] == pytest.approx(want["reward"], abs=1e-5)
+        assert got["reward"] == want["reward"]
         failed.append(got["reward_failed"])
     assert failed == pytest.approx([1 / 3, 1 / 3, 0.0])
-    torch.testing.assert_close(weights(remote), weights(local), rtol=0, atol=1e-5)
-    assert (weights(remote) - weights(trainer(tmp_path, brightness))).abs().max() > 1e-2
+    assert torch.equal(weights(remote), weights(local))
     for one in (remote, local):
+        assert (weights(one) - torch.cat([p.detach().flatten() for p in fresh.parameters()])).abs().max() > 1e-2
         one.judge.close()
 
 
@@ -436,21 +443,32 @@ class Slow(TabularPolicy):
         return super().rollout(prompts, rng)
 
 
-PAUSE = 0.1
+PAUSE = 0.2
 CHUNKS = 8
 
 
+def hidden_shares(reward, tmp_path, updates):
+    """Of each update: the share of the reward's time in which the trainer did not wait for it."""
+    taken = []
+
+    def timed(images, prompts):
+        start = time.perf_counter()
+        told = reward(images, prompts)
+        taken.append(time.perf_counter() - start)
+        return told
+
+    one = trainer(tmp_path, timed, [Prompt(label=k % 2) for k in range(CHUNKS)], Slow(vocab=3))
+    for _ in range(updates):
+        taken.clear()
+        waited = one.update()["seconds/reward_wait"]
+        yield 1 - waited / sum(taken)
+    one.judge.close()
+
+
 def test_a_reward_that_takes_as_long_as_the_rollout_is_hidden_behind_it(service, tmp_path):
-    """All but the last chunk's can be: 7 of 8 here. What is asserted leaves room for a busy machine."""
-    prompts = [Prompt(label=k % 2) for k in range(CHUNKS)]
-    seconds = []
-    for reward in (brightness, service.start(str(PAUSE)).reward()):
-        one = trainer(tmp_path, reward, prompts, Slow(vocab=3))
-        one.update()
-        seconds.append(min(one.update()["seconds/total"] for _ in range(2)))
-        one.judge.close()
-    hidden = 1 - (seconds[1] - seconds[0]) / (CHUNKS * PAUSE)
-    assert hidden > 0.5, f"{seconds[0]:.2f} s without, {seconds[1]:.2f} s with {CHUNKS * PAUSE:.2f} s of reward"
+    """All but the last chunk's can be, 7 of 8 here. What is asserted, of the best of four updates, leaves room for a busy machine; of a
+    reward that the trainer waits for it would be 0."""
+    assert max(hidden_shares(service.start(str(PAUSE)).reward(), tmp_path, 4)) > 0.5
 
 
 # ---- the command ------------------------------------------------------------------------------------------------------------------------
