@@ -23,6 +23,7 @@ from varl.models.diffusion_head import (
     Process,
     cosine_betas,
     evenly,
+    full_precision,
     mixed,
     posterior_mean,
     predicted_start,
@@ -305,11 +306,11 @@ class _Chain:
     def __init__(self, head: NOVAHead, times: Real[Tensor, " N"]) -> None:
         device = head.head.weight.device
         self.head, self.moves = head, len(times)
-        with torch.autocast(device.type, enabled=False):
+        with full_precision(device):
             self.time: Float[Tensor, "N W"] = head.time(times.to(device))
 
     def read(self, z: Float[Tensor, "R E"]) -> Float[Tensor, "R W"]:
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z.device):
             return self.head.read(z.float())
 
     def says(
@@ -321,7 +322,7 @@ class _Chain:
         guidance: Float[Tensor, "R 1"] | None,
     ) -> Float[Tensor, "R d"]:
         """The noise in x or its velocity; under guidance, that of "none" + s (it - that of "none")."""
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             time = self.time[move]
             said = self.head.denoise(x.float(), time + read)
             if unguided is None or guidance is None:

@@ -24,7 +24,6 @@ from varl.config import (
     RasterConfig,
     UnmaskingConfig,
 )
-from varl.errors import ConfigError
 from varl.models.classifier import Classifier
 from varl.models.harmon import Harmon
 from varl.models.infinity import Infinity
@@ -219,6 +218,8 @@ class MaskedFamily:
         self.layout = Layout(grids=(model.config.grid,), steps=len(self.counts))
         with torch.no_grad():
             self.denoiser = model.denoiser(unmasking.denoise_steps)
+            with torch.device("meta"):
+                self.given = model.condition(asked)
         self.moves, self.admissible = self.denoiser.moves, int(self.denoiser.admissible.sum())
         self.width = self._see(0).shape[-1]
         """E, of a token's latent."""
@@ -265,8 +266,8 @@ class MaskedFamily:
 
     def _see(self, known: int) -> Tensor:
         with torch.device("meta"):
-            condition, tokens = self.model.condition(self.asked), torch.empty(1, self.model.tokens, self.model.channels)
-            return self.model(condition.detach(), tokens, torch.zeros(1, known, dtype=torch.long))
+            tokens = torch.empty(1, self.model.tokens, self.model.channels)
+            return self.model(self.given, tokens, torch.zeros(1, known, dtype=torch.long))
 
     def _with_backward(self, fn: Callable[[Tensor], Tensor], by: Tensor, learns: bool | None) -> Cost:
         def run() -> object:
@@ -300,8 +301,11 @@ def as_family(pair: Pair, unmasking: UnmaskingConfig | None = None) -> AnyFamily
             return RasterFamily(model, tokenizer)
         case (MAR() as model, KL() as tokenizer):
             return MaskedFamily(model, tokenizer, unmasking or UnmaskingConfig(), torch.zeros(1, dtype=torch.long, device="meta"))
-        case (NOVA() | Harmon() as model, KL()):
-            raise ConfigError(f"the model is a {type(model).__name__}, of which nothing can be planned yet. Give another model.")
+        case (NOVA() as model, KL() as tokenizer):
+            caption = torch.empty(CAPTION, model.config.captions.width, device="meta")
+            return MaskedFamily(model, tokenizer, unmasking or UnmaskingConfig(), [caption])
+        case (Harmon() as model, KL() as tokenizer):
+            return MaskedFamily(model, tokenizer, unmasking or UnmaskingConfig(), [torch.zeros(CAPTION, dtype=torch.long, device="meta")])
     assert_never(pair)
 
 
@@ -323,9 +327,10 @@ def require_readable(prompts: Sequence[Prompt], config: ActingConfig) -> None:
 def decoder_cost(family: AnyFamily) -> Cost:
     """From one feature map to pixels."""
     tokenizer = family.tokenizer
-    size = tokenizer.maps[-1] if isinstance(tokenizer, BSQ) else family.layout.grids[-1]
+    h, w = tokenizer.maps[-1] if isinstance(tokenizer, BSQ) else family.layout.grids[-1]
+    fold = tokenizer.config.fold if isinstance(tokenizer, KL) else 1
     render = tokenizer.decode if isinstance(tokenizer, KL) else tokenizer.render
-    return cost(lambda: render(torch.empty(1, tokenizer.config.channels, *size)), tokenizer)
+    return cost(lambda: render(torch.empty(1, tokenizer.config.channels, fold * h, fold * w)), tokenizer)
 
 
 @lru_cache(maxsize=8)
