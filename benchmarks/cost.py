@@ -15,14 +15,18 @@ from common import RANDOM, alternate, arguments, config, machine, milliseconds, 
 from torch import Tensor
 
 from varl.build import build_algorithm, build_judge, build_prompts, build_sampler
-from varl.config import NextScaleConfig, RunConfig, TokenizerConfig
+from varl.config import BSQConfig, CaptionConfig, InfinityConfig, NextScaleConfig, RunConfig, TokenizerConfig, infinity_grids
 from varl.distributed.mesh import World
+from varl.models.infinity import Infinity
 from varl.policies import sampling
+from varl.policies.infinity import InfinityPolicy
 from varl.policies.next_scale import NextScalePolicy
+from varl.policies.scales import ScalesPolicy
 from varl.probe import training_pass
 from varl.recipes.grpo import words_cpu as grpo_words_cpu
 from varl.rewards.judge import judge_now
 from varl.rng import Stream
+from varl.tokenizers.bsq import BSQ
 from varl.train.loop import Trainer
 from varl.types import Prompt
 
@@ -39,14 +43,34 @@ VAR_LIKE = NextScaleConfig(
 )
 """VAR's schedule of ten scales and 680 tokens, at a width that a CPU can bear."""
 
+INFINITY_LIKE = InfinityConfig(
+    depth=4,
+    width=192,
+    heads=6,
+    chunks=2,
+    grids=infinity_grids("0.06M"),
+    captions=CaptionConfig(tokens=12, width=128, lowercase=False),
+    tokenizer=BSQConfig(channels=16, width=16, multipliers=(1,), blocks=1, patch=4),
+)
+"""Infinity's schedule of seven scales and 521 tokens, of 16 bits each."""
 
-def prompts_of(policy: NextScalePolicy, count: int) -> list[Prompt]:
+
+def infinity_policy(device: torch.device) -> InfinityPolicy:
+    """Random weights, and random captions of 12 tokens."""
+    shape = INFINITY_LIKE.captions.tokens, INFINITY_LIKE.captions.width
+    tokenizer = BSQ(INFINITY_LIKE.tokenizer, INFINITY_LIKE.grids).to(device)
+    return InfinityPolicy(
+        Infinity(INFINITY_LIKE).to(device), tokenizer, captions=lambda texts: [torch.randn(shape, device=device) for _ in texts]
+    )
+
+
+def prompts_of(policy: ScalesPolicy, count: int) -> list[Prompt]:
     """Groups of 16, as in training."""
-    text = policy.module.config.text is not None
+    text = policy.module.config.num_classes is None
     return [Prompt(text="WORD"[: 1 + i // 16 % 4]) if text else Prompt(label=i // 16 % 10) for i in range(count)]
 
 
-def fork(name: str, policy: NextScalePolicy, copies: int, batch: int, budget: float) -> list[list[object]]:
+def fork(name: str, policy: ScalesPolicy, copies: int, batch: int, budget: float) -> list[list[object]]:
     """K continuations of a prefix, against what the same steps take in whole rollouts of as many pictures: their time less that of their
     first m steps."""
     layout, rows = policy.layout, []
@@ -73,13 +97,13 @@ def fork(name: str, policy: NextScalePolicy, copies: int, batch: int, budget: fl
     return rows
 
 
-def middle_steps(policy: NextScalePolicy) -> list[int]:
+def middle_steps(policy: ScalesPolicy) -> list[int]:
     """About a third, half and two thirds of the schedule."""
     steps = policy.layout.steps
     return sorted({max(1, round(steps * share)) for share in (0.4, 0.6, 0.8)})
 
 
-def prefix_update(name: str, policy: NextScalePolicy, batch: int, budget: float) -> list[list[object]]:
+def prefix_update(name: str, policy: ScalesPolicy, batch: int, budget: float) -> list[list[object]]:
     """Forward and backward over the first m steps against all steps, beside the share of tokens."""
     layout, rows = policy.layout, []
     prompts, rng = prompts_of(policy, batch), Stream(seed=0, path=("train",), rows=tuple(range(batch)))
@@ -168,17 +192,19 @@ def log_prob_memory(device: torch.device) -> list[list[object]]:
 
 def main() -> None:
     given = arguments(__doc__, 3.0)
-    budget = 60 * given.minutes / 6
-    words, large = policy_of(given.model, given.device), random_policy(VAR_LIKE, given.device)
+    budget = 60 * given.minutes / 8
+    words, large, infinity = policy_of(given.model, given.device), random_policy(VAR_LIKE, given.device), infinity_policy(given.device)
     print(f"## Cost\n\n{machine(given.device)}.")
     print(f"Medians (quartiles) of alternating runs; batches of {BATCH}, of the large model {LARGE_BATCH}.\n")
 
     print(f"### K continuations fork one prefix (bar: ratio at most {FORK_BAR})\n")
     rows = [*fork("words", words, 4, BATCH, budget), *fork("ten scales", large, 4, LARGE_BATCH, budget)]
+    rows += fork("infinity", infinity, 4, LARGE_BATCH, budget)
     print(table(["model", "m", "prefix token share", "K", "fork, ms", "suffix of whole rollouts, ms", "ratio"], rows))
 
     print(f"### A prefix update's training pass (bar: time share at most {PREFIX_BAR} x token share)\n")
     rows = [*prefix_update("words", words, BATCH, budget), *prefix_update("ten scales", large, LARGE_BATCH, budget)]
+    rows += prefix_update("infinity", infinity, LARGE_BATCH, budget)
     print(table(["model", "m", "token share", "prefix, ms", "whole, ms", "time share", "time share / token share"], rows))
 
     print("### Phases of a training step, wall-clock ms (share of the step)\n")
