@@ -284,6 +284,26 @@ def test_classes_are_drawn(raster, tmp_path):
         assert one != three
 
 
+def drawn_by_var(folder, out, *arguments):
+    words = ["--prompt", "AB", "-n", 2, "--seed", 3]
+    code = status("sample", folder, *words, *arguments, "--out", out)
+    return Image.open(out).tobytes() if code == 0 else code
+
+
+def test_vars_own_sampler(raster, tmp_path, capfd):
+    """Its ramp is 1 + S i / (n - 1) at scale i of n; mixtures of codes are other pictures; no other model has them."""
+    model = save_tiny(tmp_path / "var")
+    ramp = drawn_by_var(model, tmp_path / "a.png", "--cfg", "var:3")
+    assert ramp == drawn_by_var(model, tmp_path / "b.png", "--cfg", "1,2.5,4")
+    assert ramp != drawn_by_var(model, tmp_path / "c.png", "--cfg", "var:3", "--more-smooth")
+    for wrong, reason in (("var:1,2", "one number after var:"), ("3;4", "must be a number"), ("var:", "must be a number")):
+        assert drawn_by_var(model, tmp_path / "d.png", "--cfg", wrong) == 2
+        assert reason in capfd.readouterr().err
+    for wrong in (["--cfg", "var:3"], ["--more-smooth"]):
+        assert status("sample", raster / "model", "--label", 1, *wrong, "--out", tmp_path / "e.png") == 2
+        assert {"--cfg": "For another model", "--more-smooth": "this model is none"}[wrong[0]] in capfd.readouterr().err
+
+
 def compared(folder, *arguments):
     """The row of `varl eval fid`, and its whole JSON."""
     out = folder / "out/fid.json"

@@ -385,3 +385,21 @@ def test_a_prompts_picture_does_not_depend_on_longer_neighbours():
 def test_laws_that_do_not_fit_the_model(name, law, named):
     with pytest.raises(ConfigError, match=f"{name}.*{named}"):
         NextScalePolicy(make_model(CLASSES), MultiScaleVQ(TOKENIZER, CLASSES.grids), **{name: law})
+
+
+# ---- mixtures of codes, for show
+
+
+def test_smooth_with_one_code_left_is_greedy():
+    policy = make(CLASSES, LawConfig(cfg_scale=(1.0, 2.0, 4.0), top_k=1))
+    prompts = prompts_for(policy)
+    greedy = policy.decode(policy.rollout(prompts, stream(range(4))))
+    torch.testing.assert_close(policy.smooth(prompts, stream(range(4))), greedy, rtol=0, atol=1e-5)
+
+
+def test_smooth_pictures_have_addresses_and_differ_from_drawn_ones(policy):
+    prompts = prompts_for(policy)
+    whole = policy.smooth(prompts, stream(range(4)))
+    torch.testing.assert_close(policy.smooth(prompts[2:], stream([2, 3])), whole[2:], rtol=0, atol=1e-5)
+    assert (whole - policy.decode(rollout_of(policy))).abs().max() > 0.01
+    assert (whole - policy.smooth(prompts, stream(range(4), seed=1))).abs().max() > 0.01

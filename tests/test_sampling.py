@@ -6,7 +6,7 @@ from scipy.stats import chisquare
 
 from varl.config import LawConfig, var_guidance
 from varl.policies import sampling
-from varl.policies.sampling import analytic_kl, draw, guide, in_row_chunks, keep_top_k, keep_top_p, token_law, token_scores
+from varl.policies.sampling import analytic_kl, draw, guide, in_row_chunks, keep_top_k, keep_top_p, smooth_weights, token_law, token_scores
 
 LAST = 1 - 2**-24
 """The largest fp32 number below 1 is this one; torch.rand never gives more."""
@@ -216,3 +216,12 @@ def test_chunks_give_what_the_whole_gives(monkeypatch, limit):
     assert torch.equal(same, x)
     assert len(calls) == math.ceil(7 / max(1, limit // 10))
     torch.testing.assert_close(torch.autograd.grad(total.square().sum(), w)[0], want)
+
+
+def test_smooth_weights_by_hand():
+    """At the first scale tau is .27, so noise of .27 log 2 doubles a weight; at the last one log p counts twice, and tau is .0135."""
+    even = torch.tensor([0.5, 0.5, 0.0]).log()
+    first = smooth_weights(even, torch.tensor([0.0, 0.27 * math.log(2), 5.0]), 0.0)
+    torch.testing.assert_close(first, torch.tensor([1 / 3, 2 / 3, 0.0]))
+    last = smooth_weights(torch.tensor([1.0, math.exp(0.0135)]).log() - 9, torch.tensor([0.0, 0.0]), 1.0)
+    torch.testing.assert_close(last, torch.tensor([1.0, math.e**2]) / (1 + math.e**2), rtol=2e-4, atol=0)

@@ -63,7 +63,7 @@ DenoiseSteps = Annotated[
 ]
 
 
-GUIDANCE = "Guidance, one number or one for each scale or token, with commas; 1 is none."
+GUIDANCE = "Guidance, one number or one for each scale or token, with commas; 1 is none; var:4 is the ramp of VAR's sampler."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -388,22 +388,23 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
     cfg: Annotated[str, typer.Option(help=GUIDANCE)] = "1.0",
+    smooth: Annotated[bool, typer.Option("--more-smooth", help="Mixtures of codes, as VAR's sampler has them for show.")] = False,
     steps: Steps = None,
     denoise_steps: DenoiseSteps = None,
 ) -> None:
     """Draw pictures into one PNG."""
-    law = LawConfig(cfg_scale=numbers(cfg, "--cfg"), temperature=temperature, top_k=top_k, top_p=top_p)
     if not (prompt or label or prompts):
         raise ConfigError("nothing to draw: give --prompt, --label or --prompts.")
     demand_file(out)
     from varl.data.folder import read_folder
-    from varl.sample import draw_grid, find_model, load_policy, text_prompt
+    from varl.sample import draw_grid, find_model, guidance_of, load_policy, text_prompt
     from varl.types import Prompt
 
     asked = [text_prompt(text, [name for name in style.split(",") if name]) for text in prompt or ()]
     asked += [Prompt(label=number) for number in label or ()] + (read_folder(prompts) if prompts else [])
-    policy = load_policy(find_model(model), law, unmasking=unmasking_of(steps, denoise_steps))
-    draw_grid(policy, asked, copies, seed, out)
+    path = find_model(model)
+    law = LawConfig(cfg_scale=guidance_of(cfg, path), temperature=temperature, top_k=top_k, top_p=top_p)
+    draw_grid(load_policy(path, law, unmasking=unmasking_of(steps, denoise_steps)), asked, copies, seed, out, smooth=smooth)
     typer.echo(str(out))
 
 
@@ -498,12 +499,12 @@ def eval_fid(
 ) -> None:
     """FID, Inception score, precision, recall and KID. Drawn pictures lie beside the JSON; the same command goes on where it stopped."""
     unmasking = unmasking_of(steps, denoise_steps)
-    law = LawConfig(cfg_scale=numbers(cfg, "--cfg"), temperature=temperature, top_k=top_k, top_p=top_p)
     from varl.eval.features import open_pictures
     from varl.eval.fid import compare_sets, demand_comparable, reference_pictures
-    from varl.sample import draw_many, load_extractor, model_at, plan_drawing
+    from varl.sample import draw_many, guidance_of, load_extractor, model_at, plan_drawing
 
     model = model_at(target)
+    law = LawConfig(cfg_scale=guidance_of(cfg, model), temperature=temperature, top_k=top_k, top_p=top_p)
     run = Path(target) if model == Path(target) / "model" else None
     file = out or (run or Path()) / "fid.json"
     demand_file(file)

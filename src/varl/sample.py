@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from varl.build import AnyPolicy, model_path, new_policy, require_unmasking
 from varl.checkpoints import harmon, janus
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.folder import load_config
-from varl.config import ActingConfig, LawConfig, NextScaleConfig, OCRConfig, UnmaskingConfig, WordsConfig
+from varl.config import ActingConfig, LawConfig, NextScaleConfig, OCRConfig, UnmaskingConfig, WordsConfig, var_guidance
 from varl.data.folder import read_folder
 from varl.data.fonts import FACES
 from varl.data.words import PALETTES
@@ -22,10 +22,12 @@ from varl.eval.draw import draw_pictures
 from varl.eval.features import Extractor
 from varl.eval.inception import load_inception
 from varl.eval.words import draw_sample, reading_metrics, token_diversity
+from varl.policies.next_scale import NextScalePolicy
 from varl.probe import model_identity
 from varl.rewards.judge import judge_now
 from varl.rewards.ocr_reward import OCRReward
 from varl.rewards.toy import load_callable
+from varl.rng import Stream
 from varl.settings import model_from_yaml
 from varl.train.record import picture_grid
 from varl.types import Prompt, Region
@@ -74,8 +76,25 @@ def text_prompt(text: str, style: Sequence[str] = ()) -> Prompt:
     return Prompt(text=text, style=tuple(style), regions=regions)
 
 
-def draw_grid(policy: AnyPolicy, prompts: Sequence[Prompt], copies: int, seed: int, out: Path) -> None:
-    """`copies` pictures of each prompt as one PNG; the same seed gives the same pictures."""
+def guidance_of(text: str, model: Path | None) -> tuple[float, ...]:
+    """`LawConfig.cfg_scale` of what was typed: numbers with commas between them, or `var:S`, the ramp of VAR's own sampler up to S."""
+    ramp = text.removeprefix("var:")
+    try:
+        first, *others = (float(part) for part in ramp.split(","))
+    except ValueError:
+        raise ConfigError(f"--cfg {text!r}: must be a number, numbers with commas between them, or VAR's ramp, as var:4 is.") from None
+    if ramp == text:
+        return (first, *others)
+    config = None if model is None else config_of(model)
+    if others or not isinstance(config, NextScaleConfig):
+        raise ConfigError(
+            f"--cfg {text!r}: is one number after var:, the ramp of VAR's sampler. For another model give one number, or one for each step."
+        )
+    return var_guidance(first, len(config.grids))
+
+
+def draw_grid(policy: AnyPolicy, prompts: Sequence[Prompt], copies: int, seed: int, out: Path, *, smooth: bool = False) -> None:
+    """`copies` pictures of each prompt as one PNG; the same seed gives the same pictures. `smooth` is VAR's more_smooth."""
     config = policy.module.config
     classes, styled = config.num_classes, isinstance(config, NextScaleConfig) and config.text is not None
     for prompt in prompts:
@@ -85,10 +104,20 @@ def draw_grid(policy: AnyPolicy, prompts: Sequence[Prompt], copies: int, seed: i
             raise ConfigError(f"prompt {prompt.text!r}: this model draws classes and reads no text. Give --label, 0 to {classes - 1}.")
         if classes is None and prompt.label is not None:
             raise ConfigError(f"label {prompt.label}: this model reads text and knows no classes. Give --prompt.")
-    sample = draw_sample(policy, prompts, copies=copies, seed=seed)
-    captions = [" ".join((prompt.text or f"class {prompt.label}", *prompt.style)) for prompt in sample.prompts]
+    images = smooth_pictures(policy, prompts, copies, seed) if smooth else draw_sample(policy, prompts, copies=copies, seed=seed).images
+    captions = [" ".join((prompt.text or f"class {prompt.label}", *prompt.style)) for prompt in prompts for _ in range(copies)]
     out.parent.mkdir(parents=True, exist_ok=True)
-    picture_grid(sample.images, captions).save(out, format="PNG")
+    picture_grid(images, captions).save(out, format="PNG")
+
+
+def smooth_pictures(policy: AnyPolicy, prompts: Sequence[Prompt], copies: int, seed: int) -> Tensor:
+    """[B, 3, H, W] by VAR's `more_smooth`, prompt by prompt, `copies` of each. ConfigError for another model."""
+    if not isinstance(policy, NextScalePolicy):
+        raise ConfigError("--more-smooth: mixes the codes of a VAR, and this model is none. Leave it out.")
+    rows = Stream(seed=seed, path=("eval",), rows=tuple(range(len(prompts)))).repeat(copies)
+    return torch.cat(
+        [policy.smooth([prompt] * copies, rows.select(range(i * copies, (i + 1) * copies))).cpu() for i, prompt in enumerate(prompts)]
+    )
 
 
 def words_of(config: ActingConfig) -> WordsConfig:

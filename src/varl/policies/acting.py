@@ -108,7 +108,12 @@ class ActingPolicy:
         return other
 
     def decode(self, rollout: Rollout) -> Float[Tensor, "B 3 H W"]:
-        return self.render(rollout).add(1).div(2).clamp(0, 1)
+        return self._shown(self.render(rollout))
+
+    @staticmethod
+    def _shown(pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+        """From [-1, 1] to [0, 1]."""
+        return pixels.add(1).div(2).clamp(0, 1)
 
     @property
     def _pixels(self) -> int:

@@ -69,6 +69,16 @@ def draw_several(logp: Float[Tensor, "*B V"], uniform: Float[Tensor, "*B G"]) ->
     return torch.searchsorted(cdf, target, right=True).clamp(max=logp.shape[-1] - 1)
 
 
+def smooth_weights(logp: Float[Tensor, "*B V"], gumbel: Float[Tensor, "*B V"], ratio: float) -> Float[Tensor, "*B V"]:
+    """VAR's `more_smooth`: how much of each code goes into a token that is no code but a mixture of them,
+
+        softmax(((1 + r) log p + g) / tau),   tau = max(0.27 (1 - 0.95 r), 0.005)
+
+    with Gumbel noise g, and r the share of the scales before this one, 0 to 1: sharper and colder from scale to scale. As released, p is
+    filtered by top-k and top-p first."""
+    return (((1 + ratio) * logp + gumbel) / max(0.27 * (1 - 0.95 * ratio), 0.005)).softmax(-1)
+
+
 def token_scores(logp: Float[Tensor, "*B V"], ids: Int[Tensor, "*B"]) -> tuple[Float[Tensor, "*B"], Float[Tensor, "*B"]]:
     """Log-probability of what was drawn, and the entropy of its law (no gradient)."""
     return logp.gather(-1, ids.unsqueeze(-1)).squeeze(-1), entropy(logp)

@@ -92,11 +92,9 @@ class ScalesPolicy(TokenPolicy):
         """The first `steps` scales; `state` holds the caches to go on from. One uniform per choice, at the address (..., "tokens", row)."""
         if not 1 <= steps <= self.layout.steps:
             raise ConfigError(f"prefix of {steps} steps: the model has {self.layout.steps} scales. Choose 1 to {self.layout.steps}.")
-        model, batch = self.module, len(prompts)
+        model = self.module
         with self._precision():
-            condition = self._condition(model, prompts, self._guided)
-            f_hat = torch.zeros(batch, self.tokenizer.config.channels, *self.tokenizer.maps[-1], device=self.device)
-            branch = Branch(condition, model.cache(2 * batch if self._guided else batch, steps), f_hat)
+            branch = self._start(prompts, steps)
             uniform = rng.at("tokens").uniform(model.ends[steps - 1] * self._each).to(self.device)
             drawn = self._act(branch, uniform, 0, steps)
         return new_rollout(prompts, rng, drawn, model.scale_of_token[: model.ends[steps - 1]], branch)
@@ -115,25 +113,33 @@ class ScalesPolicy(TokenPolicy):
             drawn = self._act(fork, uniform, first, steps)
         return continued(prefix, rows, rng, drawn, self.module.scale_of_token)
 
+    def _start(self, prompts: Sequence[Prompt], steps: int) -> Branch:
+        """Nothing drawn yet, and room for the first `steps` scales."""
+        condition, batch = self._condition(self.module, prompts, self._guided), len(prompts)
+        f_hat = torch.zeros(batch, self.tokenizer.config.channels, *self.tokenizer.maps[-1], device=self.device)
+        return Branch(condition, self.module.cache(2 * batch if self._guided else batch, steps), f_hat)
+
+    def _logits_at(self, branch: Branch, scale: int) -> tuple[Tensor, Tensor | None]:
+        """Conditional and, where guided, unconditional logits [B, m, V] of the scale that comes next."""
+        inputs, batch = self.tokenizer.next_input(branch.f_hat, scale) if scale else None, len(branch.f_hat)
+        if inputs is not None and self._guided:
+            inputs = torch.cat([inputs, inputs])
+        logits = self.module.logits(self.module.step(branch.condition, inputs, scale, branch.cache), branch.condition)
+        return (logits[:batch], logits[batch:]) if self._guided else (logits, None)
+
     def _act(self, branch: Branch, uniform: Float[Tensor, "B m"], first: int, last: int) -> Drawn:
         """Draw scales first .. last-1."""
-        model, tokenizer = self.module, self.tokenizer
-        batch, parts, used = len(branch.f_hat), [], 0
+        parts, used = [], 0
         for scale in range(first, last):
-            inputs = tokenizer.next_input(branch.f_hat, scale) if scale else None
-            if inputs is not None and self._guided:
-                inputs = torch.cat([inputs, inputs])
-            hidden = model.step(branch.condition, inputs, scale, branch.cache)
-            logits = model.logits(hidden, branch.condition)
-            cond, uncond = (logits[:batch], logits[batch:]) if self._guided else (logits, None)
-            dice = uniform[:, used : used + logits.shape[1], None]
+            cond, uncond = self._logits_at(branch, scale)
+            dice = uniform[:, used : used + cond.shape[1], None]
             drawn = draw_tokens(cond, uncond, dice, self.sample_law, self.score_law, scale)
             chosen, logp, sampled = map_drawn(lambda tensor: tensor.squeeze(-1), drawn)
             chosen = chosen.unflatten(1, (-1, *self.choices))
             parts.append((chosen, self._over_choices(logp), None if sampled is None else self._over_choices(sampled)))
-            used += logits.shape[1]
+            used += cond.shape[1]
             with torch.autocast(self.device.type, enabled=False):  # in fp32, as in `score`: rounding would add up over the scales
-                branch.f_hat = branch.f_hat + tokenizer.contribution(chosen, scale)
+                branch.f_hat = branch.f_hat + self.tokenizer.contribution(chosen, scale)
         return join(parts)
 
     # -- scoring -----------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from varl.errors import CheckpointError, ConfigError
 from varl.eval.parity.case import Case, exponential_draw, tokenizer_case
 from varl.models.next_scale import NextScale
 from varl.policies.next_scale import NextScalePolicy
-from varl.policies.sampling import guide, token_law, token_scores
+from varl.policies.sampling import guide, smooth_weights, token_law, token_scores
 from varl.rng import Stream
 from varl.tokenizers.multiscale_vq import Grid, MultiScaleVQ
 from varl.types import Prompt
@@ -223,8 +223,7 @@ def _smooth(
         logp, ratio = token_law(logits, None, law, 1.0), scale / last
         ids = exponential_draw(logp, next(draws))
         gumbel = -next(draws).log().view_as(logp)
-        tau = max(0.27 * (1 - 0.95 * ratio), 0.005)
-        mixtures.append(((logp * (1 + ratio) + gumbel) / tau).softmax(-1) @ vq.quantize.embedding.weight)
+        mixtures.append(smooth_weights(logp, gumbel, ratio) @ vq.quantize.embedding.weight)
         return ids, mixtures[-1]
 
     ids, _, f_hat = _decode(model, vq, labels, settings["cfg"], pick)
