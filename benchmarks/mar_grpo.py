@@ -70,10 +70,10 @@ def asked(count: int) -> tuple[list[Prompt], Stream]:
 # ---- drawing ----------------------------------------------------------------------------------------------------------------------------
 
 ROLLOUTS = {
-    "6x6, n = 16": (6, 16, 25, 8, 96, 96),
-    "16x16, n = 16": (16, 16, 25, 2, 96, 96),
-    "16x16, n = 64": (16, 64, 25, 1, 96, 96),
-    "32x32, n = 64": (32, 64, 25, 1, 64, 64),
+    "6x6, n = 16": (6, 16, 25, 16, 96, 96),
+    "16x16, n = 16": (16, 16, 25, 8, 96, 96),
+    "16x16, n = 64": (16, 64, 25, 8, 96, 96),
+    "16x16, n = 64, long": (16, 64, 100, 4, 96, 96),
 }
 """Grid, steps, moves, pictures, width of the transformer, of the head."""
 
@@ -120,7 +120,7 @@ def drawing(device: torch.device, budget: float) -> list[list[object]]:
                 "ours": lambda policy=policy, prompts=prompts, rng=rng: policy.rollout(prompts, rng),
                 "grid": lambda policy=policy, prompts=prompts, rng=rng: full_grid(policy, prompts, rng),
             }
-            taken = alternate(sides, device, budget / 6, least=3)
+            taken = alternate(sides, device, budget / 6, least=2)
             ratio = taken["grid"] / taken["ours"]
             cells = [spread(taken["grid"]), spread(taken["ours"]), f"**{ratio.median():.1f}** ({spread(ratio, digits=1)})", f"{apart:.0e}"]
             rows.append([f"{name}, T = {moves}, {count} pictures{', guided' if law.guided else ''}", len(ratio), *cells])
