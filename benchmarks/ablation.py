@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arms import half_width, interval
 from common import machine, table
-from scipy.stats import t as student
 
-from varl.config import AlgorithmConfig, EvalConfig, GRPOConfig, MiddleStep, OCRConfig, OptimConfig, RunConfig, VARRLConfig, WeightedReward
+from varl.config import EvalConfig, GRPOConfig, MiddleStep, OCRConfig, OptimConfig, RunConfig, VARRLConfig, WeightedReward
 from varl.recipes.var_rl import words_cpu
 from varl.settings import from_yaml, to_yaml
 
@@ -42,7 +42,7 @@ CENTRE_NAME = "m = 3 (11 % of tokens), K = 2, alpha 1, 3:1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    algorithm: AlgorithmConfig
+    algorithm: GRPOConfig | VARRLConfig
     seeds: range = FEW
     prompts: int = 3
     """Per step; with CENTRE's group and continuations 96 pictures are judged in a prefix update."""
@@ -193,17 +193,8 @@ def curve(run_folder: Path, base: float) -> Curve:
     return Curve(points)
 
 
-def interval(values: list[float]) -> str:
-    """Mean and the half-width of its 95 % t-interval."""
-    if len(values) < 2:
-        return f"{values[0]:.3f} (one seed)"
-    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.3f} ± {half:.3f}"
-
-
 def verdict(values: list[float], paper: float) -> str:
-    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    mean = statistics.mean(values)
+    mean, half = statistics.mean(values), half_width(values)
     agrees = "agrees" if mean * paper > 0 else "disagrees"
     return agrees if abs(mean) > half else f"{agrees}, but 0 is inside the interval"
 
@@ -284,7 +275,7 @@ def main() -> None:
     out = asked.out / asked.schedule
     if not asked.report:
         with ThreadPoolExecutor(asked.jobs) as pool:
-            list(pool.map(lambda job: run(out, *job, asked.images, asked.schedule), jobs(asked.only)))
+            list(pool.map(lambda job: run(out, job[0], job[1], asked.images, asked.schedule), jobs(asked.only)))
     report(out, asked.schedule)
 
 

@@ -1,5 +1,5 @@
-"""What the ablations on letters do alike: every arm is trained by the command line, over several seeds, and then drawn from and judged.
-Runs that are there already are not repeated, so a study may be stopped at any time."""
+"""What ablations do alike, those on letters most of it: every arm is trained by the command line, over several seeds, and then drawn from
+and judged. Runs that are there already are not repeated, so a study may be stopped at any time."""
 
 import argparse
 import json
@@ -57,12 +57,16 @@ def results(place: Path) -> dict[str, Any]:
     return json.loads((place / "judged.json").read_text())
 
 
+def half_width(values: list[float]) -> float:
+    """Of the 95 % t-interval of the mean of two values or more."""
+    return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+
+
 def interval(values: list[float], form: str = ".3f") -> str:
-    """Mean and the half-width of its 95 % t-interval."""
+    """Mean and the half-width of its interval."""
     if len(values) < 2:
         return f"{values[0]:{form}} (one seed)"
-    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):{form}} ± {half:{form}}"
+    return f"{statistics.mean(values):{form}} ± {half_width(values):{form}}"
 
 
 def study(
@@ -89,7 +93,7 @@ def study(
         judge(base, given.out / "base")
         todo = [(name, seed) for seed in range(given.seeds) for name in given.only]
         with ThreadPoolExecutor(given.jobs) as pool:
-            list(pool.map(lambda job: run(given.out, *job, arms[job[0]](job[1], given.steps), judge), todo))
+            list(pool.map(lambda job: run(given.out, job[0], job[1], arms[job[0]](job[1], given.steps), judge), todo))
     print(f"{machine(torch.device('cpu'))}.\n")
     before = json.loads((given.out / "base.json").read_text())
     print(table(head, rows(before, found(arms, given.out, given.seeds))))

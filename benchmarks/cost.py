@@ -125,8 +125,8 @@ def prefix_update(name: str, policy: ScalesPolicy, batch: int, budget: float) ->
 
 def phases(title: str, run: RunConfig, policy: NextScalePolicy, budget: float) -> list[object]:
     """Wall clock of a training step by phase, as the loop reports it, and the reader's own time for the step's pictures."""
-    judge = build_judge(run)
     prompts = build_prompts(run.data, run.seed, run.eval.samples)
+    judge = build_judge(run, prompts.pictures)
     (reward,) = (part for _, part in judge.parts.values())
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(

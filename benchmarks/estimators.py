@@ -343,8 +343,9 @@ def mask_table(bench: Bench) -> dict[str, str]:
 def main() -> None:
     given = arguments(__doc__, 12.0, score=("letters", "mixed"))
     run = config("bundled:words", given.score)
-    policy, judge = policy_of(given.model, given.device), build_judge(run)
-    bench = Bench(policy, judge, build_prompts(run.data, run.seed, 0).train)
+    prompts = build_prompts(run.data, run.seed, 0)
+    policy, judge = policy_of(given.model, given.device), build_judge(run, prompts.pictures)
+    bench = Bench(policy, judge, prompts.train)
     end = time.perf_counter() + 60 * given.minutes
     while time.perf_counter() < end or not bench.enough:
         bench.round()

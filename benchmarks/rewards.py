@@ -54,8 +54,9 @@ def new_clip(width: int, depth: int, side: int, patch: int) -> tuple[CLIP, CLIPI
     text = {"vocab_size": 1000, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 999, "pad_token_id": 999}
     config = CLIPConfig(text_config=tower | text, vision_config=tower | {"image_size": side, "patch_size": patch}, projection_dim=width)
     processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-    return CLIP(CLIPModel(config), tokenizer, Preprocessing(side=side, crop=(side, side), mean=mean, std=std)), processor
+    (r, g, b), (dr, dg, db) = processor.image_mean, processor.image_std
+    wanted = Preprocessing(side=side, crop=(side, side), mean=(r, g, b), std=(dr, dg, db))
+    return CLIP(CLIPModel(config), tokenizer, wanted), processor
 
 
 @torch.no_grad()
