@@ -93,25 +93,6 @@ def alternate(sides: Mapping[str, Callable[[], object]], device: torch.device, b
     return {name: torch.tensor(times, dtype=torch.float64) for name, times in taken.items()}
 
 
-def peak_bytes(device: torch.device, call: Callable[[], None]) -> int:
-    """Most memory that `call` held beyond what was there before it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    moves = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held = peak = 0
-    for _, change in moves:
-        held += change
-        peak = max(peak, held)
-    return peak
-
-
 def spread(value: Tensor, unit: float = 1.0, digits: int = 2) -> str:
     """Median and quartiles."""
     low, middle, high = (value.quantile(q).item() * unit for q in (0.25, 0.5, 0.75))

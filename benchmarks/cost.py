@@ -11,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import RANDOM, alternate, arguments, config, machine, milliseconds, peak_bytes, policy_of, random_policy, spread, table
+from common import RANDOM, alternate, arguments, config, machine, milliseconds, policy_of, random_policy, spread, table
 from torch import Tensor
 
 from varl.build import build_algorithm, build_judge, build_prompts, build_sampler
 from varl.config import BSQConfig, CaptionConfig, InfinityConfig, NextScaleConfig, RunConfig, TokenizerConfig, infinity_grids
 from varl.distributed.mesh import World
 from varl.models.infinity import Infinity
+from varl.plan.rewards import peak_bytes
 from varl.policies import sampling
 from varl.policies.infinity import InfinityPolicy
 from varl.policies.next_scale import NextScalePolicy

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from common import alternate, arguments, machine, peak_bytes, spread, table
+from common import alternate, arguments, machine, spread, table
 from torch import Tensor, nn
 
 from varl.algorithms.mar_grpo import MARGRPO
@@ -20,6 +20,7 @@ from varl.errors import ConfigError
 from varl.models.diffusion_head import DiffusionHead, drawn, guided, mixed, reverse_step, velocity_step
 from varl.models.mar import MAR, known
 from varl.plan.families import MaskedFamily, family_of
+from varl.plan.rewards import peak_bytes
 from varl.policies import masked
 from varl.policies.masked import Head, Latents, MaskedPolicy, Moves, settled_at, walk
 from varl.rewards.judge import RewardJudge

@@ -12,7 +12,7 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
-from common import alternate, arguments, machine, peak_bytes, spread, table
+from common import alternate, arguments, machine, spread, table
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,6 +23,7 @@ from varl.checkpoints.llamagen import SIZES
 from varl.config import GRPOConfig, LawConfig, RasterConfig, ReconstructionConfig, VAPIConfig, VQConfig
 from varl.models.raster import NORM_EPS, Raster
 from varl.plan.cost import matmul_speed
+from varl.plan.rewards import peak_bytes
 from varl.policies.raster import RasterPolicy, corrupt
 from varl.policies.sampling import draw
 from varl.rewards.judge import judge_now

@@ -17,9 +17,9 @@ from varl.checkpoints.vision import files_of, from_open_clip, load_clip, load_hp
 from varl.config import AestheticConfig, CLIPScoreConfig, HPSConfig, PickScoreConfig, WeightedReward
 from varl.errors import CheckpointError, ConfigError, RewardError
 from varl.models import vision
-from varl.models.vision import Preprocessing, preprocess
+from varl.models.vision import AestheticHead, Preprocessing, preprocess
 from varl.plan.missing import judge_of
-from varl.rewards.clip import AestheticHead, clip_score
+from varl.rewards.clip import clip_score
 from varl.rewards.judge import judge_now
 from varl.types import Prompt
 

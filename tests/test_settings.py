@@ -127,6 +127,8 @@ def needed(cls):
         return {"url": "http://localhost:1"}
     if cls is configs.AestheticConfig:
         return {"head": "h"}
+    if cls is configs.HPSv3Config:
+        return {"template": "t"}
     return {"path": "p"} if cls in (FolderConfig, configs.PicturesConfig) else {"target": "a:b"} if cls is PythonRewardConfig else {}
 
 

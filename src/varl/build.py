@@ -19,6 +19,8 @@ from varl.algorithms.var_rl import VARRL
 from varl.checkpoints import hugging_face
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.folder import strict_load
+from varl.checkpoints.hpsv3 import load_hpsv3
+from varl.checkpoints.image_reward import load_image_reward
 from varl.checkpoints.model import Pair, model_path
 from varl.checkpoints.released import read_weights
 from varl.checkpoints.text_encoder import load_text_encoder
@@ -37,6 +39,8 @@ from varl.config import (
     GRPOConfig,
     HarmonConfig,
     HPSConfig,
+    HPSv3Config,
+    ImageRewardConfig,
     LawConfig,
     MARConfig,
     MARGRPOConfig,
@@ -50,6 +54,7 @@ from varl.config import (
     RunConfig,
     ServedRewardConfig,
     SSIMConfig,
+    TextRewardConfig,
     UnmaskingConfig,
     VAPIConfig,
     VARRLConfig,
@@ -76,10 +81,11 @@ from varl.policies.masked import MaskedPolicy
 from varl.policies.next_scale import NextScalePolicy
 from varl.policies.raster import RasterPolicy
 from varl.rewards.class_score import ClassScore
-from varl.rewards.clip import Aesthetic, AestheticHead, TextMatch, clip_score
+from varl.rewards.clip import Aesthetic, TextMatch, clip_score
 from varl.rewards.judge import RewardJudge
 from varl.rewards.networks import open_network
 from varl.rewards.ocr_reward import OCRReward
+from varl.rewards.preference import HPSv3, ImageReward
 from varl.rewards.reconstruction import ReconstructionReward
 from varl.rewards.served import ServedReward
 from varl.rewards.similarity import SSIM, DINOSimilarity
@@ -231,6 +237,10 @@ def build_reward(config: RewardConfig, pictures: PicturesOf | None = None) -> Re
             return TextMatch(clip, lambda cosine: clip.logit_scale * cosine, config.batch)
         case HPSConfig():
             return TextMatch(load_hps(files_of(config)), lambda cosine: cosine, config.batch)
+        case ImageRewardConfig():
+            return ImageReward(load_image_reward(files_of(config)), config.batch)
+        case HPSv3Config():
+            return HPSv3(load_hpsv3(files_of(config), Path(config.template)), config.batch)
         case AestheticConfig():
             files = files_of(config)
             clip = load_clip(files)
@@ -252,6 +262,16 @@ def demand_pictures(who: str, pictures: PicturesOf | None) -> PicturesOf:
     if pictures is None:
         raise ConfigError(f"{who} compares with real pictures, and this data has none. Set data to pictures.")
     return pictures
+
+
+def demand_texts(name: str, config: RewardConfig, prompts: Sequence[Prompt]) -> None:
+    """ConfigError where the reward called `name` reads the prompts' texts, and some have none."""
+    mute = [prompt for prompt in prompts if not prompt.text.strip()]
+    if mute and isinstance(config, TextRewardConfig):
+        raise ConfigError(
+            f"rewards.{name}: {len(mute)} of {len(prompts)} prompts have no text to compare with. Give every prompt a `text`, or use "
+            "another reward."
+        )
 
 
 def build_judge(config: RunConfig, pictures: PicturesOf | None) -> RewardJudge:

@@ -1120,6 +1120,38 @@ class HPSConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRewardConfig:
+    """ImageReward (arXiv 2304.05977): which picture people would prefer for the prompt's text, of mean 0 and deviation 1 (-2 to 2)."""
+
+    weights: str = "THUDM/ImageReward"
+    """The released file ImageReward.pt, or a hub name whose local cache holds it."""
+    tokenizer: str = "google-bert/bert-base-uncased"
+    """BERT's: a folder, or a hub name. Its weights are not needed."""
+    batch: int = 64
+    """Pictures at once through the network. Changes memory, not results."""
+
+    def __post_init__(self) -> None:
+        _demand("image_reward.batch", self.batch, self.batch >= 1, "1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HPSv3Config:
+    """HPSv3 (arXiv 2508.03789): which picture people would prefer for the prompt's text; good ones have about 10."""
+
+    template: str
+    """The file hpsv3/dataset/data_collator_qwen.py of its package, in which the network's instruction stands. It is read, not run."""
+    weights: str = "MizzenAI/HPSv3"
+    """The released file HPSv3.safetensors, or a hub name whose local cache holds it."""
+    processor: str = "Qwen/Qwen2-VL-7B-Instruct"
+    """The Qwen2-VL that it was tuned from: a folder with its config and tokenizer, or a hub name. Its weights are not needed."""
+    batch: int = 8
+    """Pictures at once through the network. Changes memory, not results."""
+
+    def __post_init__(self) -> None:
+        _demand("hpsv3.batch", self.batch, self.batch >= 1, "1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AestheticConfig:
     """LAION's aesthetic predictor, version 2: how much people would like the picture, 1 to 10, whatever the prompt."""
 
@@ -1166,7 +1198,9 @@ class DINOConfig:
         _demand("dino.keep", self.keep, self.keep >= 1, "1 or more")
 
 
-NetworkRewardConfig = CLIPScoreConfig | PickScoreConfig | HPSConfig | AestheticConfig | DINOConfig
+TextRewardConfig = CLIPScoreConfig | PickScoreConfig | HPSConfig | ImageRewardConfig | HPSv3Config
+"""Rewards that read the prompt's text."""
+NetworkRewardConfig = TextRewardConfig | AestheticConfig | DINOConfig
 """Rewards whose weights lie in files."""
 
 

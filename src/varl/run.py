@@ -25,12 +25,14 @@ from varl.build import (
     build_prompts,
     build_sampler,
     demand_pictures,
+    demand_texts,
     needs_reference,
 )
 from varl.checkpoints import model as model_folder
 from varl.checkpoints import run_state
 from varl.checkpoints.folder import replace_file
-from varl.config import RunConfig, VAPIConfig, VARRLConfig
+from varl.checkpoints.vision import files_of
+from varl.config import NetworkRewardConfig, RunConfig, VAPIConfig, VARRLConfig
 from varl.distributed import mesh
 from varl.distributed.reduce import all_sum
 from varl.errors import ConfigError
@@ -130,6 +132,10 @@ def check(config: RunConfig, out: Path, prompts: PromptSets, world: mesh.World) 
             f"train.prompts_per_step={config.train.prompts_per_step}: {world.size} processes would share them, and a process without a "
             f"prompt has nothing to do. Set it to {world.size} or more, or start fewer processes."
         )
+    for name, part in config.rewards.items():
+        demand_texts(name, part.reward, [*prompts.train, *prompts.heldout])
+        if isinstance(part.reward, NetworkRewardConfig):
+            files_of(part.reward)
     if config.eval.every and not prompts.heldout:
         raise ConfigError(
             f"eval.every={config.eval.every}, but the data holds no prompts for evaluation. Set data.heldout, or eval.every=0."

@@ -30,7 +30,7 @@ def require_transformers() -> None:
 def find(name: str, setting: str) -> Path:
     """The folder `name`, or the newest snapshot of the hub's model of that name in the local Hugging Face cache. `setting` says in an
     error what was set to it."""
-    path = find_folder(name, setting)
+    path = _folder(name, setting, _fetch(name))
     if not (path / "config.json").is_file():
         raise ConfigError(f"{setting}={name!r}: no config.json in {path}. Give a folder that transformers saved, or a hub name.")
     if not any(weights for kind in WEIGHTS for weights in path.glob(kind)):
@@ -39,9 +39,8 @@ def find(name: str, setting: str) -> Path:
 
 
 def find_folder(name: str, setting: str) -> Path:
-    """The same, whatever the folder holds."""
-    path = Path(name).expanduser()
-    return path if path.is_dir() else _snapshot(name, setting)
+    """The same, whatever the folder holds; its weights are not needed."""
+    return _folder(name, setting, _fetch(name, *WEIGHTS))
 
 
 def find_file(name: str, file: str, setting: str) -> Path:
@@ -76,7 +75,10 @@ def is_hub_name(name: str) -> bool:
     return _HUB_NAME.fullmatch(name) is not None
 
 
-def _snapshot(name: str, setting: str) -> Path:
+def _folder(name: str, setting: str, advice: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
     if not is_hub_name(name):
         raise ConfigError(f"{setting}={name!r}: there is no such folder. Give one, or a hub name such as google/flan-t5-xl.")
     require_transformers()
@@ -85,12 +87,13 @@ def _snapshot(name: str, setting: str) -> Path:
         return Path(hub.snapshot_download(name, local_files_only=True))
     except hub.errors.LocalEntryNotFoundError as error:
         raise ConfigError(
-            f"{setting}={name!r}: there is no such folder, and the Hugging Face cache holds no model of that name. {_fetch(name)}"
+            f"{setting}={name!r}: there is no such folder, and the Hugging Face cache holds no model of that name. {advice}"
         ) from error
 
 
-def _fetch(name: str) -> str:
-    download = f"Run `hf download {name} --exclude '*.h5' '*.msgpack'` where there is a network"
+def _fetch(name: str, *unwanted: str) -> str:
+    exclude = " ".join(f"'{files}'" for files in ("*.h5", "*.msgpack", *unwanted))
+    download = f"Run `hf download {name} --exclude {exclude}` where there is a network"
     return f"{download if is_hub_name(name) else 'Copy it whole'}, or give the path of a folder."
 
 

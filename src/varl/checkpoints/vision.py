@@ -13,15 +13,24 @@ from torch import Tensor
 from varl.checkpoints.folder import require_fit, shapes_of
 from varl.checkpoints.hugging_face import find, find_file, find_folder, transformers
 from varl.checkpoints.released import read_weights
-from varl.config import AestheticConfig, CLIPScoreConfig, DINOConfig, HPSConfig, NetworkRewardConfig, PickScoreConfig
+from varl.config import (
+    AestheticConfig,
+    CLIPScoreConfig,
+    DINOConfig,
+    HPSConfig,
+    HPSv3Config,
+    ImageRewardConfig,
+    NetworkRewardConfig,
+    PickScoreConfig,
+)
 from varl.errors import CheckpointError, ConfigError
 from varl.models.vision import CLIP, DINO, Preprocessing
 
-HPS_FILE = "HPS_v2.1_compressed.pt"
+HPS_FILE, IMAGE_REWARD_FILE, HPSV3_FILE = "HPS_v2.1_compressed.pt", "ImageReward.pt", "HPSv3.safetensors"
 BICUBIC = 3
 """Of PIL's filters."""
 PREPROCESSING = ("preprocessor_config.json", "processor_config.json")
-TOKENIZER = ("tokenizer.json", "vocab.json")
+TOKENIZER = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 
 class Files(NamedTuple):
@@ -47,6 +56,19 @@ def files_of(config: NetworkRewardConfig) -> Files:
             file = find_file(config.weights, HPS_FILE, "hps.weights")
             folder = find_folder(config.processor, "hps.processor")
             return Files(file, _with_processor(folder, "hps.processor", ("config.json",), PREPROCESSING, TOKENIZER))
+        case ImageRewardConfig():
+            file = find_file(config.weights, IMAGE_REWARD_FILE, "image_reward.weights")
+            setting = "image_reward.tokenizer"
+            return Files(file, _with_processor(find_folder(config.tokenizer, setting), setting, TOKENIZER))
+        case HPSv3Config():
+            file = find_file(config.weights, HPSV3_FILE, "hpsv3.weights")
+            if not Path(config.template).is_file():
+                raise ConfigError(
+                    f"hpsv3.template={config.template!r}: there is no such file. Get hpsv3/dataset/data_collator_qwen.py from "
+                    "github.com/MizzenAI/HPSv3, and give its path."
+                )
+            setting = "hpsv3.processor"
+            return Files(file, _with_processor(find_folder(config.processor, setting), setting, ("config.json",), TOKENIZER))
         case AestheticConfig():
             folder = find(config.model, "aesthetic.model")
             if not Path(config.head).is_file():
@@ -102,11 +124,15 @@ def _whole(cls: str, folder: Path) -> Any:
 
 
 def _processor(folder: Path) -> tuple[Any, Preprocessing]:
+    return open_tokenizer(folder), _preprocessing(folder)
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """Whatever tokenizer lies there."""
     try:
-        tokenizer = transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: its tokenizer cannot be read ({error}). Was the folder copied whole?") from error
-    return tokenizer, _preprocessing(folder)
 
 
 def _preprocessing(folder: Path) -> Preprocessing:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""By which CLIP's pictures were normalised, and those of networks that began as one."""
 TEXTS_KEPT = 16384
 """Captions whose features are kept, the latest: 64 MiB of a CLIP-H."""
 
@@ -26,6 +28,8 @@ class Preprocessing:
     std: tuple[float, float, float]
     whole: bool = False
     """Nothing is cut off: the picture lies in the middle of `crop`, on black."""
+    rounded: bool = False
+    """Where the middle begins is rounded as torchvision does: of 3 pixels too many, 2 are cut off before it. Else 1 is."""
 
 
 def preprocess(images: Float[Tensor, "B 3 H W"], wanted: Preprocessing) -> Float[Tensor, "B 3 h w"]:
@@ -37,16 +41,26 @@ def preprocess(images: Float[Tensor, "B 3 H W"], wanted: Preprocessing) -> Float
         size = [round(wanted.side * pixels / max(shape)) for pixels in shape]
     else:
         size = [wanted.side * pixels // min(shape) for pixels in shape]
-    images = images.float()
-    for to in ([shape[0], size[1]], size):
-        if to != list(images.shape[2:]):
-            images = F.interpolate(images, to, mode="bicubic", antialias=True).clamp(0, 1)
     edges: list[int] = []
     for have, want in zip(size, wanted.crop, strict=True):
-        before = int((want - have) / 2)
+        before = round((want - have) / 2) if wanted.rounded else int((want - have) / 2)
         edges = [before, want - have - before, *edges]
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (wanted.mean, wanted.std))
-    return (F.pad(images, edges) - mean) / std
+    return normalise(F.pad(resize(images, size), edges), wanted.mean, wanted.std)
+
+
+def resize(images: Float[Tensor, "B 3 H W"], size: Sequence[int]) -> Float[Tensor, "B 3 h w"]:
+    """Pictures in [0, 1] at `size` (h, w): bicubic, antialiased, first across and then down, kept in [0, 1] after each."""
+    images = images.float()
+    for to in ([images.shape[2], size[1]], list(size)):
+        if to != list(images.shape[2:]):
+            images = F.interpolate(images, to, mode="bicubic", antialias=True).clamp(0, 1)
+    return images
+
+
+def normalise(images: Float[Tensor, "B 3 H W"], mean: Sequence[float], std: Sequence[float]) -> Float[Tensor, "B 3 H W"]:
+    """(pixel - mean) / std, by channel."""
+    by_mean, by_std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (mean, std))
+    return (images - by_mean) / by_std
 
 
 class CLIP(nn.Module):
@@ -93,6 +107,23 @@ class CLIP(nn.Module):
         tokens = self.tokenizer(text, truncation=True, max_length=most, return_tensors="pt").to(self.model.device)
         features = self.model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
         return F.normalize(features[0], dim=0)
+
+
+class AestheticHead(nn.Module):
+    """The linear layers of LAION's aesthetic predictor, version 2, and of ImageReward, with the names of their released files. What lay
+    between them while they were trained was dropout alone."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        sizes = (width, 1024, 128, 64, 16, 1)
+        places = (0, 2, 4, 6, 7)
+        self.layers = nn.ModuleDict({str(place): nn.Linear(a, b) for place, a, b in zip(places, sizes, sizes[1:], strict=False)})
+
+    def forward(self, features: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
+        """One number for each row; of unit CLIP features how much people would like the pictures, about 1 to 10."""
+        for layer in self.layers.values():
+            features = layer(features)
+        return features[:, 0]
 
 
 class DINO(nn.Module):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from varl.algorithms.var_rl import VARRL
-from varl.build import build_algorithm, new_policy, trains_head
+from varl.build import build_algorithm, demand_texts, new_policy, trains_head
 from varl.config import ClassifierConfig, FolderConfig, MARConfig, PicturesConfig, PretrainConfig, RunConfig, UnmaskingConfig, WordsConfig
 from varl.models.classifier import Classifier
 from varl.plan.cost import (
@@ -60,6 +60,8 @@ def _of_run(config: RunConfig, calibrate: bool) -> Plan:
     pair = attempt(problems, pair_of, config.model)
     data = data_of(problems, config.data, "rl")
     check_regions(problems, data.prompts, config.rewards)
+    for name, part in config.rewards.items():
+        attempt(problems, demand_texts, name, part.reward, data.prompts)
     rewards = [attempt(problems, judge_of, name, part.reward, data.pictures) for name, part in config.rewards.items()]
     if config.eval.every and isinstance(config.data, FolderConfig | PicturesConfig) and not config.data.heldout:
         problems.append(f"eval.every={config.eval.every}, but the data holds no prompts for evaluation. Set data.heldout, or eval.every=0.")

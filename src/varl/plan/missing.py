@@ -22,6 +22,8 @@ from varl.config import (
     FolderConfig,
     GlyphsConfig,
     HPSConfig,
+    HPSv3Config,
+    ImageRewardConfig,
     MARGRPOConfig,
     ModelConfig,
     OCRConfig,
@@ -225,7 +227,7 @@ def judge_of(name: str, config: RewardConfig, pictures: PicturesOf | None) -> st
         case ClassScoreConfig():
             build_reward(config)
             return f"{name}: the class, by {config.classifier}"
-        case CLIPScoreConfig() | PickScoreConfig() | HPSConfig() | AestheticConfig() | DINOConfig():
+        case CLIPScoreConfig() | PickScoreConfig() | HPSConfig() | ImageRewardConfig() | HPSv3Config() | AestheticConfig() | DINOConfig():
             if isinstance(config, DINOConfig):
                 demand_pictures("dino", pictures)
             return f"{name}: {KINDS[type(config)]}, by {files_of(config).weights}"

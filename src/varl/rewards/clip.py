@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from varl.errors import RewardError
-from varl.models.vision import CLIP
+from varl.models.vision import CLIP, AestheticHead
 from varl.types import Judgement, Prompt
 
 
@@ -15,6 +15,14 @@ def clip_score(cosine: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
     """100 max(cosine, 0), as torchmetrics and most tables report CLIPScore. Its paper (arXiv 2104.08718) has 2.5 in place of 100 and begins
     each text with "A photo depicts"; here the text is the prompt's own."""
     return 100 * cosine.clamp(min=0)
+
+
+def texts_of(prompts: Sequence[Prompt]) -> list[str]:
+    """The prompts' texts. RewardError where one has none."""
+    for prompt in prompts:
+        if not prompt.text.strip():
+            raise RewardError(f"prompt with label {prompt.label}: has no text to compare with. Give it a `text`.")
+    return [prompt.text for prompt in prompts]
 
 
 class TextMatch:
@@ -25,30 +33,10 @@ class TextMatch:
 
     @torch.no_grad()
     def __call__(self, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt]) -> Judgement:
-        for prompt in prompts:
-            if not prompt.text.strip():
-                raise RewardError(f"prompt with label {prompt.label}: has no text to compare with. Give it a `text`.")
-        clip = self.clip.to(images.device)
+        texts, clip = texts_of(prompts), self.clip.to(images.device)
         seen = torch.cat([clip.encode_images(part) for part in images.split(self.batch)])
-        cosine = (seen * clip.encode_texts([prompt.text for prompt in prompts])).sum(1).cpu()
+        cosine = (seen * clip.encode_texts(texts)).sum(1).cpu()
         return Judgement(value=self.unit(cosine), parts={"cosine": cosine})
-
-
-class AestheticHead(nn.Module):
-    """The linear layers of LAION's aesthetic predictor, version 2, with the names of its released file. What lay between them while it was
-    trained was dropout alone."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        sizes = (width, 1024, 128, 64, 16, 1)
-        places = (0, 2, 4, 6, 7)
-        self.layers = nn.ModuleDict({str(place): nn.Linear(a, b) for place, a, b in zip(places, sizes, sizes[1:], strict=False)})
-
-    def forward(self, features: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
-        """How much people would like pictures of these unit CLIP features, about 1 to 10."""
-        for layer in self.layers.values():
-            features = layer(features)
-        return features[:, 0]
 
 
 class Aesthetic:
