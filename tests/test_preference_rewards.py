@@ -1,5 +1,6 @@
 """ImageReward and HPSv3, on tiny models with random weights under the released names."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,27 @@ from varl.checkpoints import hpsv3, image_reward
 from varl.checkpoints.folder import write_tensors
 from varl.checkpoints.hpsv3 import load_hpsv3, own_name, read_template
 from varl.checkpoints.vision import files_of
-from varl.config import AestheticConfig, CLIPScoreConfig, HPSConfig, HPSv3Config, ImageRewardConfig, PickScoreConfig
+from varl.config import (
+    AestheticConfig,
+    CLIPScoreConfig,
+    FolderConfig,
+    HPSConfig,
+    HPSv3Config,
+    ImageRewardConfig,
+    PickScoreConfig,
+    RunConfig,
+    WeightedReward,
+)
+from varl.data.folder import write_folder
 from varl.errors import CheckpointError, ConfigError, RewardError
 from varl.models.hpsv3 import REWARD, patches, scaled_size
 from varl.models.vision import CLIP_MEAN, CLIP_STD, Preprocessing, normalise, preprocess, resize
+from varl.plan import plan
 from varl.plan.missing import judge_of
 from varl.plan.rewards import try_reward
 from varl.rewards import preference
 from varl.rewards.judge import judge_now
+from varl.run import train
 from varl.types import Prompt
 
 NOISE = torch.Generator().manual_seed(0)
@@ -322,6 +336,7 @@ def judge(tmp_path_factory, processor) -> tuple[Qwen2VLForConditionalGeneration,
     sizes = {"0": (1024, 16), "3": (16, 1024), "5": (2, 16)}
     head = {f"rm_head.{at}.weight": torch.randn(size, generator=noise) / size[1] ** 0.5 for at, size in sizes.items()}
     head |= {f"rm_head.{at}.bias": torch.randn(size[0], generator=noise) for at, size in sizes.items()}
+    head["rm_head.5.weight"] *= 8
     older = {}
     for name, tensor in model.state_dict().items():
         older[name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")] = tensor
@@ -330,8 +345,8 @@ def judge(tmp_path_factory, processor) -> tuple[Qwen2VLForConditionalGeneration,
     return model.to(torch.float32), head, file
 
 
-def asking(judge, processor, **settings) -> HPSv3Config:
-    where = {"weights": str(judge[2]), "processor": str(processor), "template": str(processor / "data_collator_qwen.py")}
+def asking(judge, folder, **settings) -> HPSv3Config:
+    where = {"weights": str(judge[2]), "processor": str(folder), "template": str(folder / "data_collator_qwen.py")}
     return HPSv3Config(**(where | settings))
 
 
@@ -514,6 +529,21 @@ def test_a_prompt_without_text(judge, processor, blip, bert):
             demand_texts("mine", config, prompts)
         demand_texts("mine", config, prompts[:1])
     demand_texts("mine", AestheticConfig(head="h"), prompts)
+
+
+def test_a_run_is_refused_before_its_model_is_opened(tmp_path, blip, bert):
+    write_folder(tmp_path / "mute", None, [Prompt(text="a"), Prompt(label=1)])
+    run = RunConfig(model="no/model", data=FolderConfig(path=str(tmp_path / "mute")))
+    run = replace(run, rewards={"people": WeightedReward(reward=rewarding(blip, bert))})
+    with pytest.raises(ConfigError, match=r"rewards\.people: 1 of 2 prompts have no text to compare with\."):
+        train(run, tmp_path / "run")
+    assert any(problem.startswith("rewards.people: 1 of 2 prompts have no text") for problem in plan(run, calibrate=False).problems)
+    write_folder(tmp_path / "fine", None, [Prompt(text="a")])
+    run = replace(
+        run, data=FolderConfig(path=str(tmp_path / "fine")), rewards={"people": WeightedReward(reward=ImageRewardConfig(weights="no.pt"))}
+    )
+    with pytest.raises(ConfigError, match=r"image_reward\.weights='no\.pt': there is no such file"):
+        train(run, tmp_path / "run")
 
 
 def test_they_can_be_tried(judge, processor, blip, bert):
