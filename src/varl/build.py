@@ -76,6 +76,7 @@ from varl.models.mar import MAR
 from varl.models.next_scale import NextScale
 from varl.models.nova import NOVA
 from varl.models.raster import Raster
+from varl.models.vision import AestheticHead
 from varl.policies.infinity import InfinityPolicy
 from varl.policies.masked import MaskedPolicy
 from varl.policies.next_scale import NextScalePolicy

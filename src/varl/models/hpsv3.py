@@ -71,7 +71,8 @@ class HPSv3Network(nn.Module):
         Tokens of the picture are numbered on like those of text, for all three axes of the rotary code, as its package has it: Qwen2-VL
         itself numbers them by row and column. Nothing behind the token at which the head looks can reach it, and it is left out."""
         vision = self.model.config.vision_config
-        size = scaled_size(*images.shape[2:], vision.patch_size * vision.spatial_merge_size)
+        height, width = images.shape[2:]
+        size = scaled_size(height, width, vision.patch_size * vision.spatial_merge_size)
         pixels = normalise(resize(images, size), CLIP_MEAN, CLIP_STD)
         cut = patches(pixels, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
         rows = [self._tokens(text, cut.shape[1] // vision.spatial_merge_size**2) for text in texts]
