@@ -71,8 +71,16 @@ class CLIP(nn.Module):
     @torch.no_grad()
     def encode_images(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
         """Unit feature vectors of pictures in [0, 1]."""
-        features = self.model.get_image_features(pixel_values=preprocess(images, self.preprocessing)).pooler_output
-        return F.normalize(features, dim=1)
+        return self.encode_prepared(self.prepare(images))
+
+    def prepare(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 h w"]:
+        """Pictures in [0, 1] as the network wants them."""
+        return preprocess(images, self.preprocessing)
+
+    @torch.no_grad()
+    def encode_prepared(self, pixels: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B D"]:
+        """Unit feature vectors of what `prepare` made."""
+        return F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output, dim=1)
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "B D"]:
