@@ -64,7 +64,8 @@ MIXED = Prompt(objects=(Wanted(name="dog", colour="red"), Wanted(name="bench", c
 def test_by_hand(prompt, detections, share, says):
     right, why = correct(detections, prompt, SIZE)
     assert right == (share == 1)
-    assert why.startswith(says) and bool(why) == bool(says)
+    assert why.startswith(says)
+    assert bool(why) == bool(says)
     assert graded(detections, prompt, SIZE) == pytest.approx(share, abs=1e-12)
 
 
@@ -96,7 +97,8 @@ def test_graded_is_one_where_correct_and_only_there():
         ]
         right, _ = correct(detections, prompt, SIZE)
         value = graded(detections, prompt, SIZE)
-        assert 0 <= value <= 1 and right == (value == 1)
+        assert 0 <= value <= 1
+        assert right == (value == 1)
         outcomes.add(right)
     assert outcomes == {True, False}
 

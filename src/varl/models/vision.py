@@ -37,16 +37,56 @@ def preprocess(images: Float[Tensor, "B 3 H W"], wanted: Preprocessing) -> Float
         size = [round(wanted.side * pixels / max(shape)) for pixels in shape]
     else:
         size = [wanted.side * pixels // min(shape) for pixels in shape]
-    images = images.float()
-    for to in ([shape[0], size[1]], size):
-        if to != list(images.shape[2:]):
-            images = F.interpolate(images, to, mode="bicubic", antialias=True).clamp(0, 1)
+    images = resized(images.float(), (size[0], size[1]), "bicubic")
     edges: list[int] = []
     for have, want in zip(size, wanted.crop, strict=True):
         before = int((want - have) / 2)
         edges = [before, want - have - before, *edges]
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (wanted.mean, wanted.std))
     return (F.pad(images, edges) - mean) / std
+
+
+def resized(images: Float[Tensor, "B 3 H W"], size: tuple[int, int], mode: str) -> Float[Tensor, "B 3 h w"]:
+    """Pictures in [0, 1] at another size: antialiased, first across and then down, kept in [0, 1]."""
+    for to in ((images.shape[2], size[1]), size):
+        if to != tuple(images.shape[2:]):
+            images = F.interpolate(images, to, mode=mode, antialias=True).clamp(0, 1)
+    return images
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scaling:
+    """How a network wants its pictures, if it wants them whole."""
+
+    size: tuple[int, int]
+    """(H, W), whatever their shape; where `keep`, pixels to which the shorter side is scaled, and the most that the longer one may have."""
+    keep: bool
+    """Whether they keep their shape."""
+    multiple: int = 1
+    """Both sides are rounded up to multiples of this, where they keep their shape."""
+    bicubic: bool = False
+    """Else bilinear."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) that a picture of `size` has afterwards."""
+        if not self.keep:
+            return self.size
+        shorter, longer = min(size), max(size)
+        side = min(float(self.size[0]), self.size[1] * shorter / longer)
+        scaled = round(side), int(side * longer / shorter)
+        height, width = scaled if size[0] <= size[1] else scaled[::-1]
+        return -(-height // self.multiple) * self.multiple, -(-width // self.multiple) * self.multiple
+
+
+def scale(images: Float[Tensor, "B 3 H W"], wanted: Scaling) -> Float[Tensor, "B 3 h w"]:
+    """Pictures in [0, 1], scaled (antialiased, first across and then down, kept in [0, 1]) and normalised by channel. As the image processors
+    of `transformers` do with bytes, but for their rounding: pixels differ by less than 1.5/255."""
+    size = wanted.of((images.shape[2], images.shape[3]))
+    images = resized(images.float(), size, "bicubic" if wanted.bicubic else "bilinear")
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (wanted.mean, wanted.std))
+    return (images - mean) / std
 
 
 class CLIP(nn.Module):
