@@ -20,6 +20,7 @@ from varl.checkpoints import hugging_face
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.folder import strict_load
 from varl.checkpoints.model import Pair, model_path
+from varl.checkpoints.objects import folders_of, load_answerer, load_colours, load_detector
 from varl.checkpoints.released import read_weights
 from varl.checkpoints.text_encoder import load_text_encoder
 from varl.checkpoints.vision import files_of, load_clip, load_dino, load_hps
@@ -33,7 +34,9 @@ from varl.config import (
     DataConfig,
     DINOConfig,
     FolderConfig,
+    GenEvalConfig,
     GlyphsConfig,
+    GroundingDINOConfig,
     GRPOConfig,
     HarmonConfig,
     HPSConfig,
@@ -53,6 +56,7 @@ from varl.config import (
     UnmaskingConfig,
     VAPIConfig,
     VARRLConfig,
+    VQAConfig,
     WordsConfig,
 )
 from varl.data import glyphs
@@ -77,6 +81,8 @@ from varl.policies.next_scale import NextScalePolicy
 from varl.policies.raster import RasterPolicy
 from varl.rewards.class_score import ClassScore
 from varl.rewards.clip import Aesthetic, AestheticHead, TextMatch, clip_score
+from varl.rewards.geneval import GenEval
+from varl.rewards.grounding_dino import GroundingDINO
 from varl.rewards.judge import RewardJudge
 from varl.rewards.networks import open_network
 from varl.rewards.ocr_reward import OCRReward
@@ -84,6 +90,7 @@ from varl.rewards.reconstruction import ReconstructionReward
 from varl.rewards.served import ServedReward
 from varl.rewards.similarity import SSIM, DINOSimilarity
 from varl.rewards.toy import load_callable
+from varl.rewards.vqa import VQA
 from varl.settings import to_yaml
 from varl.tokenizers.bsq import BSQ
 from varl.tokenizers.kl import KL
@@ -242,6 +249,13 @@ def build_reward(config: RewardConfig, pictures: PicturesOf | None = None) -> Re
         case DINOConfig():
             pictures = demand_pictures("dino", pictures)
             return DINOSimilarity(config, load_dino(files_of(config)), pictures)
+        case GenEvalConfig():
+            detector, clip = folders_of(config)
+            return GenEval(config, load_detector(detector, config.batch), load_colours(clip))
+        case GroundingDINOConfig():
+            return GroundingDINO(config, load_detector(folders_of(config)[0], config.batch))
+        case VQAConfig():
+            return VQA(config, load_answerer(folders_of(config)[0], config.batch))
         case ServedRewardConfig():
             return ServedReward(config)
     assert_never(config)

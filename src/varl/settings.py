@@ -18,7 +18,9 @@ from varl.config import (
     DINOConfig,
     FlowConfig,
     FolderConfig,
+    GenEvalConfig,
     GlyphsConfig,
+    GroundingDINOConfig,
     GRPOConfig,
     HPSConfig,
     InfinityConfig,
@@ -38,6 +40,7 @@ from varl.config import (
     SSIMConfig,
     VAPIConfig,
     VARRLConfig,
+    VQAConfig,
     WordsConfig,
 )
 from varl.errors import ConfigError
@@ -61,6 +64,9 @@ KINDS: dict[type, str] = {
     AestheticConfig: "aesthetic",
     SSIMConfig: "ssim",
     DINOConfig: "dino",
+    GenEvalConfig: "geneval",
+    GroundingDINOConfig: "grounding_dino",
+    VQAConfig: "vqa",
     ServedRewardConfig: "served",
     NextScaleConfig: "next_scale",
     InfinityConfig: "infinity",

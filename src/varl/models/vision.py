@@ -81,8 +81,8 @@ class Scaling:
 
 
 def scale(images: Float[Tensor, "B 3 H W"], wanted: Scaling) -> Float[Tensor, "B 3 h w"]:
-    """Pictures in [0, 1], scaled (antialiased, first across and then down, kept in [0, 1]) and normalised by channel. As the image processors
-    of `transformers` do with bytes, but for their rounding: pixels differ by less than 1.5/255."""
+    """Pictures in [0, 1], scaled (as `resized` does) and normalised by channel. The image processors of `transformers` do so with bytes,
+    and round after each direction: their pixels differ by less than 1.5/255."""
     size = wanted.of((images.shape[2], images.shape[3]))
     images = resized(images.float(), size, "bicubic" if wanted.bicubic else "bilinear")
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (wanted.mean, wanted.std))

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from varl.models.detection import Detection
+from varl.config import GenEvalConfig
+from varl.errors import RewardError
+from varl.models.detection import Detection, Detector
 from varl.models.vision import CLIP
-from varl.types import Box, Prompt, Wanted
+from varl.rewards.objects import asked, hulls, padded, reported, require_objects
+from varl.types import Box, Judgement, Prompt, Wanted
 
-CONFIDENCE, COUNTING_CONFIDENCE = 0.3, 0.9
-"""How sure the detector must be; of pictures in which objects are counted, the second."""
 MOST = 16
 """Objects of a class that are looked at, the surest."""
 REACH = 0.1
@@ -27,6 +28,10 @@ COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown"
 COLOUR_TEXTS = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 GREY = 0.6
 """What lies around an object whose colour is looked at."""
+COLOURED = 64
+"""Objects at once through CLIP."""
+POSITIONS = ("left of", "right of", "above", "below")
+KINDS = ("count", "colour", "position", "unwanted")
 
 
 def counts(prompt: Prompt) -> bool:
@@ -72,7 +77,7 @@ def seen(detections: Sequence[Detection], wanted: Wanted) -> list[Detection]:
 
 
 def conditions(detections: Sequence[Detection], prompt: Prompt, size: tuple[int, int]) -> list[Condition]:
-    """What the prompt demands and to what share it is met in a picture of `size` (H, W), by what was detected there with enough confidence.
+    """What the prompt demands and to what share it is met in a picture of `size` (H, W), by what a detector was sure enough of there.
 
     count: of `count` objects, the share that is there. colour: of `count` objects, the share of that colour among the `count` surest.
     position: of all pairs of the `count` surest with those that they are placed by, the share that lies so; 0 where some are missing.
@@ -106,7 +111,7 @@ def conditions(detections: Sequence[Detection], prompt: Prompt, size: tuple[int,
 def correct(detections: Sequence[Detection], prompt: Prompt, size: tuple[int, int]) -> tuple[bool, str]:
     """Whether a picture of `size` (H, W) is what GenEval counts as correct, and a line about each condition that is not met.
 
-    `detections` are those that the detector was sure enough of (`confidence`), with `colour` where the prompt demands one. All conditions
+    `detections` are those that the detector was sure enough of, with `colour` where the prompt demands one. All conditions
     must be met: of each class the `count` surest objects are looked at, all of these must have the colour, and lie so to all of the
     object's that they are placed by; there must be fewer of what is unwanted than its `count`."""
     missed = [condition.said for condition in conditions(detections, prompt, size) if condition.share < 1]
@@ -166,3 +171,73 @@ class Colours:
                 colour = COLOURS[int((self.features(answer[row][at].label) @ unit).argmax())]
                 answer[row][at] = replace(answer[row][at], colour=colour)
         return [tuple(detections) for detections in answer]
+
+
+# ---- the reward -------------------------------------------------------------------------------------------------------------------------
+
+
+def shares(told: Sequence[Condition], prompt: Prompt) -> list[float]:
+    """`graded`, divided among the prompt's objects: to each what its own conditions bring, and what is unwanted brings to those of its
+    class, or, if there is none, to all alike."""
+    found = [0.0] * len(prompt.objects)
+    for condition in told:
+        whose = [condition.index]
+        if condition.kind == "unwanted":
+            name = prompt.unwanted[condition.index].name
+            whose = [place for place, wanted in enumerate(prompt.objects) if wanted.name == name] or list(range(len(found)))
+        for place in whose:
+            found[place] += condition.share / len(told) / len(whose)
+    return found
+
+
+class GenEval:
+    """A RewardFn: the share of its prompt's conditions that a picture meets, or whether it is correct. Parts: `correct`, 0 or 1, and
+    `count`, `colour`, `position` and `unwanted`, the mean share of these, NaN where the prompt has none.
+
+    Each object is a region, at the box around all that was found of its class; its value is what `shares` gives it."""
+
+    def __init__(self, config: GenEvalConfig, detector: Detector, clip: CLIP) -> None:
+        self.config, self.detector, self.colours = config, detector, Colours(clip, COLOURED)
+
+    @torch.no_grad()
+    def __call__(self, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt]) -> Judgement:
+        require_objects(prompts)
+        require_geneval(prompts)
+        found = self.detect(images, prompts)
+        size = (images.shape[2], images.shape[3])
+        told = [conditions(detections, prompt, size) for detections, prompt in zip(found, prompts, strict=True)]
+        right = torch.tensor([float(all(condition.share == 1 for condition in row)) for row in told])
+        parts = {"correct": right}
+        for kind in KINDS:
+            own = [[condition.share for condition in row if condition.kind == kind] for row in told]
+            parts[kind] = torch.tensor([sum(row) / len(row) if row else torch.nan for row in own])
+        region_value = padded([shares(row, prompt) for row, prompt in zip(told, prompts, strict=True)])
+        value = region_value.nansum(1)
+        if self.config.score == "correct":
+            value, region_value = right, None
+        return Judgement(
+            value=value,
+            parts=parts,
+            region_value=region_value,
+            region_box=hulls(found, prompts),
+            found=tuple(reported(detections) for detections in found),
+        )
+
+    def detect(self, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt]) -> list[tuple[Detection, ...]]:
+        """What `correct` takes: all that the detector is sure enough of, with the colours that the prompts demand."""
+        least = [self.config.counting_threshold if counts(prompt) else self.config.threshold for prompt in prompts]
+        return self.colours.see(images, self.detector.detect(images, [asked(prompt) for prompt in prompts], least), prompts)
+
+
+def require_geneval(prompts: Sequence[Prompt]) -> None:
+    """RewardError for the first prompt that demands what GenEval's rule cannot see."""
+    for wanted in (wanted for prompt in prompts for wanted in prompt.objects):
+        if wanted.colour is not None and wanted.colour not in COLOURS:
+            raise RewardError(
+                f"colour {wanted.colour!r} of {wanted.name!r}: GenEval knows {', '.join(COLOURS)}. Take one of them, or the reward vqa."
+            )
+        if wanted.position is not None and wanted.position[0] not in POSITIONS:
+            raise RewardError(
+                f"position {wanted.position[0]!r} of {wanted.name!r}: GenEval knows {', '.join(POSITIONS)}. Take one of them, or the "
+                "reward grounding_dino."
+            )
