@@ -27,7 +27,7 @@ DETECTORS: dict[str, tuple[str, type[ClosedDetector] | type[GroundingDetector]]]
     "detr": ("DetrForObjectDetection", BoxDetector),
     "rt_detr": ("RTDetrForObjectDetection", BoxDetector),
     "rt_detr_v2": ("RTDetrV2ForObjectDetection", BoxDetector),
-    "grounding_dino": ("GroundingDinoForObjectDetection", GroundingDetector),
+    "grounding-dino": ("GroundingDinoForObjectDetection", GroundingDetector),
 }
 """By `model_type`: the class of `transformers`, and what looks with it."""
 ANSWERERS = {"git": "GitForCausalLM", "blip": "BlipForQuestionAnswering"}
@@ -42,7 +42,7 @@ def folders_of(config: ObjectRewardConfig) -> tuple[Path, ...]:
         case GenEvalConfig():
             return find_detector(config.detector, "geneval.detector"), find_clip(config.clip, "geneval.clip")
         case GroundingDINOConfig():
-            return (_find(config.model, "grounding_dino.model", ("grounding_dino",)),)
+            return (_find(config.model, "grounding_dino.model", ("grounding-dino",)),)
         case VQAConfig():
             return (_find(config.model, "vqa.model", tuple(ANSWERERS), TOKENIZER),)
     assert_never(config)
@@ -62,14 +62,14 @@ def _find(name: str, setting: str, kinds: tuple[str, ...], *further: tuple[str, 
     folder = find(name, setting)
     if (kind := told_by(folder).get("model_type")) not in kinds:
         raise ConfigError(f"{setting}={name!r}: {folder} holds a {kind}. Give a folder with one of these: {', '.join(kinds)}.")
-    wanted = (*further, TOKENIZER) if kind == "grounding_dino" else further
+    wanted = (*further, TOKENIZER) if kind == "grounding-dino" else further
     return with_processor(folder, setting, PREPROCESSING, *wanted)
 
 
 def known_by(folder: Path) -> dict[str, int] | None:
     """The classes that the detector in this folder knows, every name of theirs, with their places; None where it reads what is asked."""
     told = told_by(folder)
-    return None if told.get("model_type") == "grounding_dino" else vocabulary(told.get("id2label", {}))
+    return None if told.get("model_type") == "grounding-dino" else vocabulary(told.get("id2label", {}))
 
 
 def load_detector(folder: Path, batch: int) -> Detector:

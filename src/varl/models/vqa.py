@@ -97,8 +97,10 @@ class BLIP(Asked):
         read = self.model.text_encoder(
             input_ids=flat, attention_mask=told, encoder_hidden_states=seen, encoder_attention_mask=everywhere
         ).last_hidden_state
-        begin = torch.full((len(flat), 1), self.model.decoder_start_token_id, device=seen.device)
-        out = self.model.text_decoder(
-            input_ids=begin, attention_mask=torch.ones_like(begin), encoder_hidden_states=read, encoder_attention_mask=told
-        )
-        return out.logits[:, 0].view(*ids.shape[:2], -1)
+        length = told.sum(1)
+        logits = read.new_empty(len(flat), self.model.config.text_config.vocab_size)
+        for tokens in length.unique().tolist():  # the decoder looks at padding, whatever its mask says
+            own = length == tokens
+            begin = torch.full((int(own.sum()), 1), self.model.decoder_start_token_id, device=seen.device)
+            logits[own] = self.model.text_decoder(input_ids=begin, encoder_hidden_states=read[own, :tokens]).logits[:, 0]
+        return logits.view(*ids.shape[:2], -1)
