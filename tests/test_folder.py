@@ -11,7 +11,7 @@ from varl.config import WordsConfig
 from varl.data.folder import load_images, read_folder, to_rgb, write_folder
 from varl.data.words import dataset
 from varl.errors import DataError
-from varl.types import Prompt, Region
+from varl.types import Prompt, Region, Wanted
 
 
 def test_what_is_written_is_what_is_read(tmp_path):
@@ -25,10 +25,27 @@ def test_what_is_written_is_what_is_read(tmp_path):
 def test_prompts_without_pictures(tmp_path):
     prompts = [Prompt(text="a red cube", label=3), Prompt(), Prompt(text="Ü|é", regions=(Region(text="Ü"), Region(text="é")))]
     prompts.append(Prompt(text="one\u2028line\x85, whatever str.splitlines says"))
+    dogs = Wanted(name="dog", count=2, colour="red", attributes=("wet",), position=("next to", 0))
+    prompts.append(Prompt(text="two dogs", objects=(Wanted(name="bench"), dogs), unwanted=(Wanted(name="dog", count=3),)))
     write_folder(tmp_path, None, prompts)
     assert read_folder(tmp_path) == prompts
     with pytest.raises(DataError, match="'a red cube': names no image"):
         load_images(prompts, (16, 64))
+
+
+def test_lines_of_geneval_are_read_as_they_are(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text(
+        '{"tag": "counting", "include": [{"class": "dog", "count": 2}], "exclude": [{"class": "dog", "count": 3}], "prompt": "two dogs"}\n'
+        '{"tag": "color_attr", "include": [{"class": "sink", "count": 1, "color": "red"}, {"class": "car", "count": 1, "color": "blue"}], '
+        '"prompt": "a red sink and a blue car"}\n'
+        '{"tag": "position", "include": [{"class": "bed", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}], '
+        '"prompt": "a cat left of a bed"}\n'
+    )
+    assert read_folder(tmp_path) == [
+        Prompt(text="two dogs", objects=(Wanted(name="dog", count=2),), unwanted=(Wanted(name="dog", count=3),)),
+        Prompt(text="a red sink and a blue car", objects=(Wanted(name="sink", colour="red"), Wanted(name="car", colour="blue"))),
+        Prompt(text="a cat left of a bed", objects=(Wanted(name="bed"), Wanted(name="cat", position=("left of", 0)))),
+    ]
 
 
 def test_blank_lines_count_but_do_not_matter(tmp_path):
@@ -58,6 +75,16 @@ def test_blank_lines_count_but_do_not_matter(tmp_path):
         ('{"regions": [{"text": "CAT", "box": [0.5, 0, 0.5, 1]}]}', "box="),
         ('{"regions": [{"text": "CAT", "box": [0, 0, 1]}]}', "box="),
         ('{"regions": [{"text": "CAT", "box": [0, 0, NaN, 1]}]}', "box="),
+        ('{"tag": 3}', "tag=3 must be a string"),
+        ('{"text": "a", "prompt": "a"}', "has prompt and text, which are the same"),
+        ('{"objects": ["dog"]}', "'dog' is not an object"),
+        ('{"objects": [{"count": 2}]}', "has no name. Add its class"),
+        ('{"objects": [{"name": "dog", "class": "dog"}]}', "has class and name"),
+        ('{"objects": [{"name": "dog", "count": 0}]}', "count=0 of 'dog': must be 1 or more"),
+        ('{"include": [{"class": "dog", "colour": " "}]}', "colour=' ' of 'dog': is empty"),
+        ('{"include": [{"class": "dog", "position": ["left of", 0]}]}', r"position=\['left of', 0\] of 'dog'.*of an object before"),
+        ('{"include": [{"class": "dog"}, {"class": "cat", "position": ["on", 0]}]}', r"position=\['on', 0\].*left of, right of, above"),
+        ('{"exclude": [{"class": "dog", "color": "red"}]}', "unknown key 'colour'. Known: name, count"),
         ('{"image": 3}', "image holds 3"),
         ('{"image": "none.png"}', "there is no file .*none.png"),
         ('{"image": "text.png"}', "image 'text.png': cannot be read"),

@@ -32,7 +32,7 @@ from varl.config import (
 from varl.data.folder import write_folder
 from varl.errors import CheckpointError, ConfigError, RewardError
 from varl.models.hpsv3 import REWARD, patches, scaled_size
-from varl.models.vision import CLIP_MEAN, CLIP_STD, Preprocessing, normalise, preprocess, resize
+from varl.models.vision import CLIP_MEAN, CLIP_STD, Preprocessing, normalise, preprocess, resized
 from varl.plan import plan
 from varl.plan.missing import judge_of
 from varl.plan.rewards import try_reward
@@ -482,7 +482,7 @@ def test_pictures_are_prepared_as_qwen2_vl_does(size):
     height, width = scaled_size(*size, 28)
     bytes_ = Image.fromarray(picture[0].permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.BICUBIC)
     told = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12845056)(bytes_, return_tensors="pt")
-    got = patches(normalise(resize(picture / 255, (height, width)), CLIP_MEAN, CLIP_STD), 14, 2, 2)
+    got = patches(normalise(resized(picture / 255, (height, width)), CLIP_MEAN, CLIP_STD), 14, 2, 2)
     assert told["image_grid_thw"].tolist() == [[1, height // 14, width // 14]]
     assert got[0].shape == told["pixel_values"].shape
     std = torch.tensor(CLIP_STD).repeat_interleave(2 * 14 * 14)

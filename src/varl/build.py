@@ -22,6 +22,7 @@ from varl.checkpoints.folder import strict_load
 from varl.checkpoints.hpsv3 import load_hpsv3
 from varl.checkpoints.image_reward import load_image_reward
 from varl.checkpoints.model import Pair, model_path
+from varl.checkpoints.objects import folders_of, load_answerer, load_colours, load_detector
 from varl.checkpoints.released import read_weights
 from varl.checkpoints.text_encoder import load_text_encoder
 from varl.checkpoints.vision import files_of, load_clip, load_dino, load_hps
@@ -35,7 +36,9 @@ from varl.config import (
     DataConfig,
     DINOConfig,
     FolderConfig,
+    GenEvalConfig,
     GlyphsConfig,
+    GroundingDINOConfig,
     GRPOConfig,
     HarmonConfig,
     HPSConfig,
@@ -58,6 +61,7 @@ from varl.config import (
     UnmaskingConfig,
     VAPIConfig,
     VARRLConfig,
+    VQAConfig,
     WordsConfig,
 )
 from varl.data import glyphs
@@ -83,6 +87,8 @@ from varl.policies.next_scale import NextScalePolicy
 from varl.policies.raster import RasterPolicy
 from varl.rewards.class_score import ClassScore
 from varl.rewards.clip import Aesthetic, TextMatch, clip_score
+from varl.rewards.geneval import GenEval
+from varl.rewards.grounding_dino import GroundingDINO
 from varl.rewards.judge import RewardJudge
 from varl.rewards.networks import open_network
 from varl.rewards.ocr_reward import OCRReward
@@ -91,6 +97,7 @@ from varl.rewards.reconstruction import ReconstructionReward
 from varl.rewards.served import ServedReward
 from varl.rewards.similarity import SSIM, DINOSimilarity
 from varl.rewards.toy import load_callable
+from varl.rewards.vqa import VQA
 from varl.settings import to_yaml
 from varl.tokenizers.bsq import BSQ
 from varl.tokenizers.kl import KL
@@ -253,6 +260,13 @@ def build_reward(config: RewardConfig, pictures: PicturesOf | None = None) -> Re
         case DINOConfig():
             pictures = demand_pictures("dino", pictures)
             return DINOSimilarity(config, load_dino(files_of(config)), pictures)
+        case GenEvalConfig():
+            detector, clip = folders_of(config)
+            return GenEval(config, load_detector(detector, config.batch), load_colours(clip))
+        case GroundingDINOConfig():
+            return GroundingDINO(config, load_detector(folders_of(config)[0], config.batch))
+        case VQAConfig():
+            return VQA(config, load_answerer(folders_of(config)[0], config.batch))
         case ServedRewardConfig():
             return ServedReward(config)
     assert_never(config)

@@ -1205,6 +1205,69 @@ NetworkRewardConfig = TextRewardConfig | AestheticConfig | DINOConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GenEvalConfig:
+    """GenEval (arXiv 2310.11513): whether a detector finds the prompt's `objects`, as many, of their colours and in their places."""
+
+    score: Literal["graded", "correct"] = "graded"
+    """graded is the mean over the prompt's conditions of the share to which each is met; correct is what GenEval counts, 0 or 1."""
+    detector: str = "facebook/mask2former-swin-small-coco-instance"
+    """A Mask2Former, DETR, RT-DETR or GroundingDINO: a folder that `transformers` saved, or a hub name."""
+    clip: str = "openai/clip-vit-large-patch14"
+    """A CLIP, which names colours: likewise."""
+    threshold: float = 0.3
+    """How sure the detector must be. GenEval's, of Mask2Former; other detectors may need another."""
+    counting_threshold: float = 0.9
+    """The same for prompts that say how many there shall be at most of something that they ask for."""
+    batch: int = 8
+    """Pictures at once through the detector. Changes memory, not results."""
+
+    def __post_init__(self) -> None:
+        for name in ("threshold", "counting_threshold"):
+            _demand(f"geneval.{name}", getattr(self, name), 0 <= getattr(self, name) < 1, "0 or more, and below 1")
+        _demand("geneval.batch", self.batch, self.batch >= 1, "1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroundingDINOConfig:
+    """T2I-R1's detector reward (arXiv 2505.00703), which MAR-GRPO has too: whether GroundingDINO finds the prompt's `objects`, as many and
+    in their places; in [0, 1]."""
+
+    form: Literal["corrected", "paper"] = "corrected"
+    """paper is the released code, where "above" is never right and "next to" always, and where the boxes of a class are thinned out by
+    another measure than how far they cover each other."""
+    model: str = "IDEA-Research/grounding-dino-base"
+    """A GroundingDINO: a folder that `transformers` saved, or a hub name. T2I-R1's is IDEA-Research/grounding-dino-tiny."""
+    threshold: float = 0.3
+    """How sure it must be."""
+    batch: int = 8
+    """Pictures at once through the network. Changes memory, not results."""
+
+    def __post_init__(self) -> None:
+        _demand("grounding_dino.threshold", self.threshold, 0 <= self.threshold < 1, "0 or more, and below 1")
+        _demand("grounding_dino.batch", self.batch, self.batch >= 1, "1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VQAConfig:
+    """How sure a model that answers questions is of each of the prompt's `objects`: "red dog?", p(yes) / (p(yes) + p(no)), in [0, 1]."""
+
+    model: str = "microsoft/git-large-vqav2"
+    """A GIT, as T2I-R1 and MAR-GRPO have it, or a BLIP, Salesforce/blip-vqa-base, as T2I-CompBench: a folder that `transformers` saved, or
+    a hub name."""
+    combine: Literal["mean", "product"] = "mean"
+    """Over the prompt's objects. mean is T2I-R1's, product T2I-CompBench's, of which no object has a share."""
+    batch: int = 16
+    """Pictures at once through the network, with all that they are asked. Changes memory, not results."""
+
+    def __post_init__(self) -> None:
+        _demand("vqa.batch", self.batch, self.batch >= 1, "1 or more")
+
+
+ObjectRewardConfig = GenEvalConfig | GroundingDINOConfig | VQAConfig
+"""Rewards that look for the prompt's `objects`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServedRewardConfig:
     """Whatever `varl reward-serve` serves, in another process or on another machine."""
 
@@ -1232,7 +1295,14 @@ class ServedRewardConfig:
 
 
 RewardConfig = (
-    OCRConfig | PythonRewardConfig | ReconstructionConfig | ClassScoreConfig | NetworkRewardConfig | SSIMConfig | ServedRewardConfig
+    OCRConfig
+    | PythonRewardConfig
+    | ReconstructionConfig
+    | ClassScoreConfig
+    | NetworkRewardConfig
+    | ObjectRewardConfig
+    | SSIMConfig
+    | ServedRewardConfig
 )
 
 

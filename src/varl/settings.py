@@ -18,7 +18,9 @@ from varl.config import (
     DINOConfig,
     FlowConfig,
     FolderConfig,
+    GenEvalConfig,
     GlyphsConfig,
+    GroundingDINOConfig,
     GRPOConfig,
     HPSConfig,
     HPSv3Config,
@@ -40,6 +42,7 @@ from varl.config import (
     SSIMConfig,
     VAPIConfig,
     VARRLConfig,
+    VQAConfig,
     WordsConfig,
 )
 from varl.errors import ConfigError
@@ -65,6 +68,9 @@ KINDS: dict[type, str] = {
     AestheticConfig: "aesthetic",
     SSIMConfig: "ssim",
     DINOConfig: "dino",
+    GenEvalConfig: "geneval",
+    GroundingDINOConfig: "grounding_dino",
+    VQAConfig: "vqa",
     ServedRewardConfig: "served",
     NextScaleConfig: "next_scale",
     InfinityConfig: "infinity",

@@ -6,7 +6,7 @@ S steps (raster index, scale, or unmasking round), R text regions, V vocabulary,
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,6 +26,24 @@ class Region:
     box: Box | None = None
 
 
+Position = Literal["left of", "right of", "above", "below", "next to"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """Objects of one class that the picture shall show."""
+
+    name: str
+    """The class: "dog", "traffic light"."""
+    count: int = 1
+    """So many or more."""
+    colour: str | None = None
+    attributes: tuple[str, ...] = ()
+    """What else they are: "wooden", "round"."""
+    position: tuple[Position, int] | None = None
+    """Where they lie: ("left of", i) of the prompt's object i, which comes before."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """What is asked of one picture. A policy reads the parts that its model was trained on, a reward the parts that it can check."""
@@ -37,6 +55,9 @@ class Prompt:
     label: int | None = None
     image: str | None = None
     """Path of a reference picture."""
+    objects: tuple[Wanted, ...] = ()
+    unwanted: tuple[Wanted, ...] = ()
+    """What must not be there: `count` or more of a class."""
 
     @property
     def words(self) -> tuple[str, ...]:

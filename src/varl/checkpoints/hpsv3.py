@@ -12,7 +12,7 @@ from torch import nn
 from varl.checkpoints.folder import require_fit, shapes_of, strict_load
 from varl.checkpoints.hugging_face import transformers
 from varl.checkpoints.released import expect, read_weights
-from varl.checkpoints.vision import Files, open_tokenizer
+from varl.checkpoints.vision import Files, tokenizer_of
 from varl.errors import CheckpointError
 from varl.models.hpsv3 import REWARD, HPSv3Network, Template
 
@@ -70,7 +70,7 @@ def load_hpsv3(files: Files, template: Path) -> HPSv3Network:
     them."""
     package = transformers()
     asks = read_template(template)
-    tokenizer = open_tokenizer(files.processor)
+    tokenizer = tokenizer_of(files.processor)
     if tokenizer.chat_template is None:
         raise CheckpointError(f"{files.processor}: its tokenizer has no chat template. Give the whole folder of the Qwen2-VL.")
     tokenizer.add_tokens([REWARD], special_tokens=True)

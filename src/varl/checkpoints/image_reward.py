@@ -9,7 +9,7 @@ import torch
 from varl.checkpoints.folder import Shapes, require_fit, shapes_of, strict_load
 from varl.checkpoints.hugging_face import transformers
 from varl.checkpoints.released import count, expect, read_weights
-from varl.checkpoints.vision import Files, open_tokenizer
+from varl.checkpoints.vision import Files, tokenizer_of
 from varl.models.image_reward import ImageRewardNetwork
 from varl.models.vision import CLIP_MEAN, CLIP_STD, AestheticHead, Preprocessing
 
@@ -101,6 +101,6 @@ def load_image_reward(files: Files) -> ImageRewardNetwork:
         package.BlipVisionModel.from_pretrained(None, config=parts[EYES].config, state_dict=ours[EYES], dtype=torch.float32),
         package.BlipTextModel.from_pretrained(None, config=parts[READER].config, state_dict=ours[READER], **blip),
         head,
-        open_tokenizer(files.processor),
+        tokenizer_of(files.processor),
         Preprocessing(side=side, crop=(side, side), mean=CLIP_MEAN, std=CLIP_STD, rounded=True),
     )

@@ -47,19 +47,19 @@ def files_of(config: NetworkRewardConfig) -> Files:
     match config:
         case CLIPScoreConfig():
             folder = find(config.model, "clip_score.model")
-            return Files(folder, _with_processor(folder, "clip_score.model", PREPROCESSING, TOKENIZER))
+            return Files(folder, with_processor(folder, "clip_score.model", PREPROCESSING, TOKENIZER))
         case PickScoreConfig():
             folder = find(config.model, "pick_score.model")
             setting = "pick_score.processor"
-            return Files(folder, _with_processor(find_folder(config.processor, setting), setting, PREPROCESSING, TOKENIZER))
+            return Files(folder, with_processor(find_folder(config.processor, setting), setting, PREPROCESSING, TOKENIZER))
         case HPSConfig():
             file = find_file(config.weights, HPS_FILE, "hps.weights")
             folder = find_folder(config.processor, "hps.processor")
-            return Files(file, _with_processor(folder, "hps.processor", ("config.json",), PREPROCESSING, TOKENIZER))
+            return Files(file, with_processor(folder, "hps.processor", ("config.json",), PREPROCESSING, TOKENIZER))
         case ImageRewardConfig():
             file = find_file(config.weights, IMAGE_REWARD_FILE, "image_reward.weights")
             setting = "image_reward.tokenizer"
-            return Files(file, _with_processor(find_folder(config.tokenizer, setting), setting, TOKENIZER))
+            return Files(file, with_processor(find_folder(config.tokenizer, setting), setting, TOKENIZER))
         case HPSv3Config():
             file = find_file(config.weights, HPSV3_FILE, "hpsv3.weights")
             if not Path(config.template).is_file():
@@ -68,7 +68,7 @@ def files_of(config: NetworkRewardConfig) -> Files:
                     "github.com/MizzenAI/HPSv3, and give its path."
                 )
             setting = "hpsv3.processor"
-            return Files(file, _with_processor(find_folder(config.processor, setting), setting, ("config.json",), TOKENIZER))
+            return Files(file, with_processor(find_folder(config.processor, setting), setting, ("config.json",), TOKENIZER))
         case AestheticConfig():
             folder = find(config.model, "aesthetic.model")
             if not Path(config.head).is_file():
@@ -76,14 +76,14 @@ def files_of(config: NetworkRewardConfig) -> Files:
                     f"aesthetic.head={config.head!r}: there is no such file. Get sac+logos+ava1-l14-linearMSE.pth from "
                     "github.com/christophschuhmann/improved-aesthetic-predictor, and give its path."
                 )
-            return Files(folder, _with_processor(folder, "aesthetic.model", PREPROCESSING, TOKENIZER))
+            return Files(folder, with_processor(folder, "aesthetic.model", PREPROCESSING, TOKENIZER))
         case DINOConfig():
             folder = find(config.model, "dino.model")
-            return Files(folder, _with_processor(folder, "dino.model", PREPROCESSING))
+            return Files(folder, with_processor(folder, "dino.model", PREPROCESSING))
     assert_never(config)
 
 
-def _with_processor(folder: Path, setting: str, *wanted: Sequence[str]) -> Path:
+def with_processor(folder: Path, setting: str, *wanted: Sequence[str]) -> Path:
     """`folder`, if it holds one file of each of `wanted`."""
     for names in wanted:
         if not any((folder / name).is_file() for name in names):
@@ -96,15 +96,16 @@ def _with_processor(folder: Path, setting: str, *wanted: Sequence[str]) -> Path:
 
 def load_clip(files: Files) -> CLIP:
     """In fp32 on the CPU; all its weights must be there."""
-    return CLIP(_whole("CLIPModel", files.weights), *_processor(files.processor))
+    return CLIP(whole("CLIPModel", files.weights), *processor_of(files.processor))
 
 
 def load_dino(files: Files) -> DINO:
     """In fp32 on the CPU; all its weights must be there."""
-    return DINO(_whole("Dinov2Model", files.weights), _preprocessing(files.processor))
+    return DINO(whole("Dinov2Model", files.weights), preprocessing_of(files.processor))
 
 
-def _whole(cls: str, folder: Path) -> Any:
+def whole(cls: str, folder: Path) -> Any:
+    """The folder's model, of that class of `transformers`, in fp32; all its weights must be there, and no others."""
     package = transformers()
     wanted = getattr(package, cls)
     try:
@@ -123,11 +124,11 @@ def _whole(cls: str, folder: Path) -> Any:
     return model
 
 
-def _processor(folder: Path) -> tuple[Any, Preprocessing]:
-    return open_tokenizer(folder), _preprocessing(folder)
+def processor_of(folder: Path) -> tuple[Any, Preprocessing]:
+    return tokenizer_of(folder), preprocessing_of(folder)
 
 
-def open_tokenizer(folder: Path) -> Any:
+def tokenizer_of(folder: Path) -> Any:
     """Whatever tokenizer lies there."""
     try:
         return transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -135,11 +136,17 @@ def open_tokenizer(folder: Path) -> Any:
         raise CheckpointError(f"{folder}: its tokenizer cannot be read ({error}). Was the folder copied whole?") from error
 
 
-def _preprocessing(folder: Path) -> Preprocessing:
+def image_processor_of(folder: Path) -> Any:
+    """What the folder says of how its model wants pictures."""
     try:
-        told = transformers().AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        return transformers().AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: its preprocessing cannot be read ({error}). Was the folder copied whole?") from error
+
+
+def preprocessing_of(folder: Path) -> Preprocessing:
+    """Scaled by the shorter side, cut and normalised; CheckpointError for any other."""
+    told = image_processor_of(folder)
     side, crop = told.size["shortest_edge"], (told.crop_size["height"], told.crop_size["width"])
     if side is None or int(told.resample) != BICUBIC or not (told.do_resize and told.do_center_crop and told.do_normalize):
         raise CheckpointError(
@@ -222,5 +229,5 @@ def load_hps(files: Files) -> CLIP:
     require_fit(shapes_of(state), shapes_of(to_open_clip(empty)), "CLIPModel", str(files.weights))
     ours = from_open_clip({name: tensor.float() for name, tensor in state.items()}, list(empty))
     model = package.CLIPModel.from_pretrained(None, config=config, state_dict=ours, dtype=torch.float32)
-    tokenizer, wanted = _processor(files.processor)
+    tokenizer, wanted = processor_of(files.processor)
     return CLIP(model, tokenizer, replace(wanted, whole=True))

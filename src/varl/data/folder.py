@@ -1,15 +1,18 @@
 """A user's own data: a folder with prompts.jsonl, one JSON object a line, and the pictures that it names.
 
     {"text": "RED|FOX", "regions": [{"text": "RED", "box": [0.1, 0.1, 0.6, 0.4]}, {"text": "FOX"}], "image": "images/000000.png"}
+    {"text": "two red dogs left of a bench, no cat", "objects": [{"name": "bench"}, {"name": "dog", "count": 2, "colour": "red",
+     "position": ["left of", 0]}], "unwanted": [{"name": "cat"}]}
 
-Every key is optional: text, regions, style (a list of strings), label (a whole number), image (a path within the folder). A box is
-x0, y0, x1, y1 in shares of the picture."""
+Every key is optional: text, regions, style (a list of strings), label (a whole number), image (a path within the folder), objects and
+unwanted. A box is x0, y0, x1, y1 in shares of the picture. GenEval's lines are read as they are: their `prompt` is the text, `include` the
+objects, `exclude` what is unwanted, `class` a name and `color` a colour; `tag` is passed over."""
 
 import json
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -18,10 +21,12 @@ from PIL import Image
 from torch import Tensor
 
 from varl.errors import DataError
-from varl.types import Box, Prompt, Region
+from varl.types import Box, Position, Prompt, Region, Wanted
 
 PROMPTS = "prompts.jsonl"
-KEYS = ("text", "regions", "style", "label", "image")
+KEYS = ("text", "regions", "style", "label", "image", "objects", "unwanted")
+GENEVAL = {"prompt": "text", "include": "objects", "exclude": "unwanted", "class": "name", "color": "colour"}
+"""What GenEval's lines call our keys."""
 
 
 def write_folder(path: Path | str, images: UInt8[Tensor, "N 3 H W"] | None, prompts: Sequence[Prompt]) -> None:
@@ -37,6 +42,9 @@ def write_folder(path: Path | str, images: UInt8[Tensor, "N 3 H W"] | None, prom
             entry["regions"] = [{"text": r.text} | ({"box": list(r.box)} if r.box else {}) for r in prompt.regions]
         if prompt.style:
             entry["style"] = list(prompt.style)
+        for key, wanted in (("objects", prompt.objects), ("unwanted", prompt.unwanted)):
+            if wanted:
+                entry[key] = [_written(one) for one in wanted]
         if prompt.label is not None:
             entry["label"] = prompt.label
         if images is not None:
@@ -44,6 +52,18 @@ def write_folder(path: Path | str, images: UInt8[Tensor, "N 3 H W"] | None, prom
             Image.fromarray(images[i].permute(1, 2, 0).contiguous().numpy()).save(folder / entry["image"])
         lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
     (folder / PROMPTS).write_text("".join(lines), encoding="utf-8")
+
+
+def _written(wanted: Wanted) -> dict[str, Any]:
+    """The object as a line has it, without what is as it is if not told."""
+    entry: dict[str, Any] = {"name": wanted.name, "count": wanted.count}
+    if wanted.colour is not None:
+        entry["colour"] = wanted.colour
+    if wanted.attributes:
+        entry["attributes"] = list(wanted.attributes)
+    if wanted.position is not None:
+        entry["position"] = list(wanted.position)
+    return entry
 
 
 def read_folder(path: Path | str, *, open_pictures: bool = True) -> list[Prompt]:
@@ -77,6 +97,9 @@ def _prompt(line: str, folder: Path, open_pictures: bool) -> Prompt:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
         raise _Fault(f"{line[:60]!r} is not JSON ({error}). Write one complete object on each line.") from error
+    if isinstance(entry, dict):
+        _typed(entry, "tag", str, None)
+        entry = _renamed({key: value for key, value in entry.items() if key != "tag"})
     _object(entry, KEYS)
     return Prompt(
         text=_typed(entry, "text", str, ""),
@@ -84,7 +107,49 @@ def _prompt(line: str, folder: Path, open_pictures: bool) -> Prompt:
         style=tuple(_text("style", part) for part in _typed(entry, "style", list, [])),
         label=_typed(entry, "label", int, None),
         image=_picture(entry["image"], folder, open_pictures) if "image" in entry else None,
+        objects=tuple(_wanted(part, place) for place, part in enumerate(_typed(entry, "objects", list, []))),
+        unwanted=tuple(_wanted(part, None) for part in _typed(entry, "unwanted", list, [])),
     )
+
+
+def _renamed(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry with our keys, where it has GenEval's."""
+    for theirs, ours in GENEVAL.items():
+        if theirs in entry and ours in entry:
+            raise _Fault(f"has {theirs} and {ours}, which are the same. Leave one of them out.")
+    return {GENEVAL.get(key, key): value for key, value in entry.items()}
+
+
+def _wanted(entry: Any, place: int | None) -> Wanted:
+    """The object at that place of a prompt's; None: one that is unwanted, of which there is only a class and a count."""
+    if isinstance(entry, dict):
+        entry = _renamed(entry)
+    _object(entry, ("name", "count") if place is None else ("name", "count", "colour", "attributes", "position"))
+    name, count = _typed(entry, "name", str, ""), _typed(entry, "count", int, 1)
+    if not name.strip():
+        raise _Fault(f"object {entry!r} has no name. Add its class, such as dog.")
+    if count < 1:
+        raise _Fault(f"count={count} of {name!r}: must be 1 or more. What must not be there belongs to `unwanted`.")
+    colour = _typed(entry, "colour", str, None)
+    if colour is not None and not colour.strip():
+        raise _Fault(f"colour={colour!r} of {name!r}: is empty. Name one, or leave the key out.")
+    return Wanted(
+        name=name,
+        count=count,
+        colour=colour,
+        attributes=tuple(_text("attributes", part) for part in _typed(entry, "attributes", list, [])),
+        position=_position(entry["position"], name, place) if place is not None and "position" in entry else None,
+    )
+
+
+def _position(value: Any, name: str, place: int) -> tuple[Position, int]:
+    known = get_args(Position)
+    if not isinstance(value, list) or len(value) != 2 or value[0] not in known or type(value[1]) is not int or not 0 <= value[1] < place:
+        raise _Fault(
+            f"position={value!r} of {name!r}: must be [where, i], where one of {', '.join(known)}, and i the place in the list, from 0, "
+            "of an object before this one. Put the one that it is placed by before it."
+        )
+    return value[0], value[1]
 
 
 def _object(entry: Any, keys: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from varl.models.vision import CLIP_MEAN, CLIP_STD, normalise, resize
+from varl.models.vision import CLIP_MEAN, CLIP_STD, normalise, resized
 
 PIXELS = 256 * 28 * 28
 """Of a picture as the network sees it, about."""
@@ -73,7 +73,7 @@ class HPSv3Network(nn.Module):
         vision = self.model.config.vision_config
         height, width = images.shape[2:]
         size = scaled_size(height, width, vision.patch_size * vision.spatial_merge_size)
-        pixels = normalise(resize(images, size), CLIP_MEAN, CLIP_STD)
+        pixels = normalise(resized(images, size), CLIP_MEAN, CLIP_STD)
         cut = patches(pixels, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
         rows = [self._tokens(text, cut.shape[1] // vision.spatial_merge_size**2) for text in texts]
         ids = pad_sequence(rows, batch_first=True).to(images.device)  # what is padded lies behind, too

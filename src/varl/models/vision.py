@@ -45,22 +45,55 @@ def preprocess(images: Float[Tensor, "B 3 H W"], wanted: Preprocessing) -> Float
     for have, want in zip(size, wanted.crop, strict=True):
         before = round((want - have) / 2) if wanted.rounded else int((want - have) / 2)
         edges = [before, want - have - before, *edges]
-    return normalise(F.pad(resize(images, size), edges), wanted.mean, wanted.std)
-
-
-def resize(images: Float[Tensor, "B 3 H W"], size: Sequence[int]) -> Float[Tensor, "B 3 h w"]:
-    """Pictures in [0, 1] at `size` (h, w): bicubic, antialiased, first across and then down, kept in [0, 1] after each."""
-    images = images.float()
-    for to in ([images.shape[2], size[1]], list(size)):
-        if to != list(images.shape[2:]):
-            images = F.interpolate(images, to, mode="bicubic", antialias=True).clamp(0, 1)
-    return images
+    return normalise(F.pad(resized(images, (size[0], size[1])), edges), wanted.mean, wanted.std)
 
 
 def normalise(images: Float[Tensor, "B 3 H W"], mean: Sequence[float], std: Sequence[float]) -> Float[Tensor, "B 3 H W"]:
     """(pixel - mean) / std, by channel."""
     by_mean, by_std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (mean, std))
     return (images - by_mean) / by_std
+
+
+def resized(images: Float[Tensor, "B 3 H W"], size: tuple[int, int], mode: str = "bicubic") -> Float[Tensor, "B 3 h w"]:
+    """Pictures in [0, 1] at another size: antialiased, first across and then down, kept in [0, 1] after each."""
+    images = images.float()
+    for to in ((images.shape[2], size[1]), size):
+        if to != tuple(images.shape[2:]):
+            images = F.interpolate(images, to, mode=mode, antialias=True).clamp(0, 1)
+    return images
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scaling:
+    """How a network wants its pictures, if it wants them whole."""
+
+    size: tuple[int, int]
+    """(H, W), whatever their shape; where `keep`, pixels to which the shorter side is scaled, and the most that the longer one may have."""
+    keep: bool
+    """Whether they keep their shape."""
+    multiple: int = 1
+    """Both sides are rounded up to multiples of this, where they keep their shape."""
+    bicubic: bool = False
+    """Else bilinear."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) that a picture of `size` has afterwards."""
+        if not self.keep:
+            return self.size
+        shorter, longer = min(size), max(size)
+        side = min(float(self.size[0]), self.size[1] * shorter / longer)
+        scaled = round(side), int(side * longer / shorter)
+        height, width = scaled if size[0] <= size[1] else scaled[::-1]
+        return -(-height // self.multiple) * self.multiple, -(-width // self.multiple) * self.multiple
+
+
+def scale(images: Float[Tensor, "B 3 H W"], wanted: Scaling) -> Float[Tensor, "B 3 h w"]:
+    """Pictures in [0, 1], scaled (as `resized` does) and normalised by channel. The image processors of `transformers` do so with bytes,
+    and round after each direction: their pixels differ by less than 1.5/255."""
+    size = wanted.of((images.shape[2], images.shape[3]))
+    return normalise(resized(images, size, "bicubic" if wanted.bicubic else "bilinear"), wanted.mean, wanted.std)
 
 
 class CLIP(nn.Module):
@@ -85,8 +118,16 @@ class CLIP(nn.Module):
     @torch.no_grad()
     def encode_images(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
         """Unit feature vectors of pictures in [0, 1]."""
-        features = self.model.get_image_features(pixel_values=preprocess(images, self.preprocessing)).pooler_output
-        return F.normalize(features, dim=1)
+        return self.encode_prepared(self.prepare(images))
+
+    def prepare(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 h w"]:
+        """Pictures in [0, 1] as the network wants them."""
+        return preprocess(images, self.preprocessing)
+
+    @torch.no_grad()
+    def encode_prepared(self, pixels: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B D"]:
+        """Unit feature vectors of what `prepare` made."""
+        return F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output, dim=1)
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "B D"]:

@@ -29,7 +29,18 @@ from varl.plan.denoising import (
     masked_pretraining_updates,
 )
 from varl.plan.families import AnyFamily, MaskedFamily, as_family, family_of
-from varl.plan.missing import attempt, check_prompts, check_regions, check_size, config_of, data_of, doubts, judge_of, pair_of
+from varl.plan.missing import (
+    attempt,
+    check_objects,
+    check_prompts,
+    check_regions,
+    check_size,
+    config_of,
+    data_of,
+    doubts,
+    judge_of,
+    pair_of,
+)
 from varl.plan.words import Plan, format_plan, in_bytes
 from varl.policies.masked import MaskedPolicy
 
@@ -62,6 +73,7 @@ def _of_run(config: RunConfig, calibrate: bool) -> Plan:
     check_regions(problems, data.prompts, config.rewards)
     for name, part in config.rewards.items():
         attempt(problems, demand_texts, name, part.reward, data.prompts)
+    check_objects(problems, data.prompts, config.rewards)
     rewards = [attempt(problems, judge_of, name, part.reward, data.pictures) for name, part in config.rewards.items()]
     if config.eval.every and isinstance(config.data, FolderConfig | PicturesConfig) and not config.data.heldout:
         problems.append(f"eval.every={config.eval.every}, but the data holds no prompts for evaluation. Set data.heldout, or eval.every=0.")

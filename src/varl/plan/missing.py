@@ -10,6 +10,7 @@ from varl.build import PicturesOf, build_reward, demand_pictures, model_path
 from varl.checkpoints import harmon, janus
 from varl.checkpoints.folder import MANIFEST, load_config, read_part
 from varl.checkpoints.model import Pair
+from varl.checkpoints.objects import folders_of, known_by
 from varl.checkpoints.vision import files_of
 from varl.config import (
     ActingConfig,
@@ -20,7 +21,9 @@ from varl.config import (
     DataConfig,
     DINOConfig,
     FolderConfig,
+    GenEvalConfig,
     GlyphsConfig,
+    GroundingDINOConfig,
     HPSConfig,
     HPSv3Config,
     ImageRewardConfig,
@@ -37,6 +40,7 @@ from varl.config import (
     SSIMConfig,
     VAPIConfig,
     VARRLConfig,
+    VQAConfig,
     WeightedReward,
     WordsConfig,
 )
@@ -47,9 +51,12 @@ from varl.data.pictures import Pictures, read_pictures, together
 from varl.data.words import PALETTES, split, word_list
 from varl.data.words import prompts as word_prompts
 from varl.errors import CheckpointError, ConfigError, VarlError
+from varl.models.detection import require_known
 from varl.plan.cost import Update, contexts_of, rows_of
 from varl.plan.families import require_readable, without_memory
 from varl.policies.acting import class_ids
+from varl.rewards.geneval import require_geneval
+from varl.rewards.objects import asked
 from varl.rewards.ocr import choose_engine, open_engine
 from varl.rewards.served import health
 from varl.rewards.toy import load_callable
@@ -200,6 +207,25 @@ def check_regions(problems: list[str], prompts: Sequence[Prompt], rewards: Mappi
             )
 
 
+def check_objects(problems: list[str], prompts: Sequence[Prompt], rewards: Mapping[str, WeightedReward]) -> None:
+    """Whether what a reward shall look for is there, and can be looked for."""
+    mute, spoken = [p for p in prompts if not p.objects], [p for p in prompts if p.objects]
+    for name, part in rewards.items():
+        config = part.reward
+        if not isinstance(config, GenEvalConfig | GroundingDINOConfig | VQAConfig):
+            continue
+        if mute:
+            problems.append(
+                f"rewards.{name}: {count(mute, spoken)} no objects to look for. Give every prompt `objects`, or `include` as GenEval does."
+            )
+        if isinstance(config, GenEvalConfig):
+            attempt(problems, require_geneval, spoken)
+            folders = attempt(problems, folders_of, config)
+            known = None if folders is None else known_by(folders[0])
+            if known is not None:
+                attempt(problems, require_known, known, [one for prompt in spoken for one in asked(prompt)], config.detector)
+
+
 def count(those: Sequence[Prompt], others: Sequence[Prompt]) -> str:
     """How many of the prompts, and which first."""
     first = f" (the first: {those[0].text!r})" if those[0].text else ""
@@ -231,6 +257,8 @@ def judge_of(name: str, config: RewardConfig, pictures: PicturesOf | None) -> st
             if isinstance(config, DINOConfig):
                 demand_pictures("dino", pictures)
             return f"{name}: {KINDS[type(config)]}, by {files_of(config).weights}"
+        case GenEvalConfig() | GroundingDINOConfig() | VQAConfig():
+            return f"{name}: {KINDS[type(config)]}, by {' and '.join(map(str, folders_of(config)))}"
         case SSIMConfig():
             demand_pictures("ssim", pictures)
             return f"{name}: {'MS-SSIM' if config.multiscale else 'SSIM'} to the prompt's picture"

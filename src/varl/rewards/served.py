@@ -18,7 +18,7 @@ from varl.config import ServedRewardConfig
 from varl.errors import ConfigError, RewardError, VarlError
 from varl.rewards.judge import judge_now
 from varl.rewards.service import Arrays, Scorer, Service, address, pack, picture_size, unpack
-from varl.types import Found, Judgement, Prompt, Region, RewardFn
+from varl.types import Found, Judgement, Prompt, Region, RewardFn, Wanted
 
 log = logging.getLogger(__name__)
 
@@ -199,7 +199,21 @@ def health(url: str) -> dict[str, Any]:
 def prompt_of(asked: Mapping[str, Any]) -> Prompt:
     """The prompt that `dataclasses.asdict` took apart, after JSON."""
     regions = tuple(Region(text=r["text"], box=None if r["box"] is None else tuple(r["box"])) for r in asked["regions"])
-    return Prompt(text=asked["text"], regions=regions, style=tuple(asked["style"]), label=asked["label"], image=asked["image"])
+    objects, unwanted = (tuple(_wanted(one) for one in asked[kind]) for kind in ("objects", "unwanted"))
+    return Prompt(
+        text=asked["text"],
+        regions=regions,
+        style=tuple(asked["style"]),
+        label=asked["label"],
+        image=asked["image"],
+        objects=objects,
+        unwanted=unwanted,
+    )
+
+
+def _wanted(asked: Mapping[str, Any]) -> Wanted:
+    position = None if asked["position"] is None else tuple(asked["position"])
+    return Wanted(**{**asked, "attributes": tuple(asked["attributes"]), "position": position})
 
 
 def serve(load: Callable[[], RewardFn], name: str, *, host: str, port: int, batch: int, warm_up: str) -> None:

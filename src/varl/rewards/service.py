@@ -38,7 +38,16 @@ START = (
     "sys.modules[s.name] = m; s.loader.exec_module(m); m.main(sys.argv[2:])"
 )
 """Runs a file that is no script, so that its folder hides no module of the scorer's."""
-GREY = {"text": "WORD", "regions": [{"text": "WORD", "box": None}], "style": [], "label": 0, "image": None}
+DOG = {"name": "dog", "count": 1, "colour": None, "attributes": [], "position": None}
+GREY = {
+    "text": "WORD",
+    "regions": [{"text": "WORD", "box": None}],
+    "style": [],
+    "label": 0,
+    "image": None,
+    "objects": [DOG],
+    "unwanted": [],
+}
 """What the grey picture of the warm-up is asked for."""
 
 Arrays = dict[str, np.ndarray]
@@ -298,7 +307,8 @@ def plain(fn: Callable[..., Any]) -> Scorer:
         for prompt in prompts:
             regions = [SimpleNamespace(**region) for region in prompt["regions"]]
             words = [word for region in regions for word in region.text.split()]
-            asked.append(SimpleNamespace(**{**prompt, "regions": regions, "words": words}))
+            objects = {kind: [SimpleNamespace(**one) for one in prompt[kind]] for kind in ("objects", "unwanted")}
+            asked.append(SimpleNamespace(**{**prompt, "regions": regions, "words": words, **objects}))
         torch = sys.modules.get("torch")
         if torch is None:
             return fn(images, asked)
