@@ -69,7 +69,7 @@ def test_help_comes_without_torch():
     assert all(command in done.stdout for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "eval words", "eval fid"])
+@pytest.mark.parametrize("command", [*COMMANDS, "eval words", "eval fid", "eval geneval"])
 def test_every_command_has_help(command, capfd):
     assert status(*command.split(), "--help") == 0
     assert "Usage" in capfd.readouterr().out

@@ -20,10 +20,10 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from varl.config import LawConfig, PretrainConfig, RasterConfig, RunConfig, ServedRewardConfig, UnmaskingConfig
+from varl.config import LawConfig, PretrainConfig, RasterConfig, RewardConfig, RunConfig, ServedRewardConfig, UnmaskingConfig
 from varl.errors import ConfigError, VarlError
 from varl.recipes import describe, recipe
-from varl.settings import from_yaml, override
+from varl.settings import from_yaml, override, reward_from_yaml, rewards_from_yaml
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -171,6 +171,37 @@ def refuse(problems: Sequence[str]) -> None:
         raise ConfigError(problems[0])
     if problems:
         raise ConfigError(f"{len(problems)} things stand in the way:" + "".join(f"\n- {problem}" for problem in problems))
+
+
+def rewards_of(asked: Sequence[str]) -> dict[str, RewardConfig]:
+    """Rewards by name, each asked for as KIND, as NAME=KIND, as NAME={kind: KIND, ...}, or as a YAML file like a run's `rewards`."""
+    found: dict[str, RewardConfig] = {}
+    for text in asked:
+        name, equals, settings = text.partition("=")
+        if Path(text).suffix in (".yaml", ".yml"):
+            if not Path(text).is_file():
+                raise ConfigError(f"--reward {text}: there is no such file. Give a YAML file like the `rewards` of a run, or KIND.")
+            more = rewards_from_yaml(Path(text).read_text(encoding="utf-8"))
+        else:
+            settings = settings if equals else name
+            more = {name: reward_from_yaml(settings if settings.lstrip().startswith("{") else f"kind: {settings}")}
+        if twice := found.keys() & more.keys():
+            raise ConfigError(f"--reward {text}: the name {min(twice)} is taken. Write OTHER=... to call it otherwise.")
+        found |= more
+    return found
+
+
+def shard_of(text: str | None) -> tuple[int, int]:
+    """Which of how many processes this is: as --shard says, or torchrun; from 0."""
+    rank, size = (int(os.environ.get(name, other)) for name, other in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if text is None:
+        return rank, size
+    if size > 1:
+        raise ConfigError(f"--shard {text}: torchrun has started {size} processes, which share the prompts already. Leave --shard out.")
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ConfigError(f"--shard {text!r}: must be I/N with I from 0 to N - 1, for example 0/4.")
+    return int(index), int(count)
 
 
 def numbers(text: str, name: str) -> tuple[float, ...]:
@@ -546,6 +577,94 @@ def demand_pictures(target: str, *, drawn_otherwise: bool) -> None:
             f"{target}: is no model but pictures, which are there already. Leave out what says how a model draws: --samples, --cfg, "
             "--temperature, --top-k, --top-p, --steps, --denoise-steps, --size, --dtype and --prompts."
         )
+
+
+def benchmark_command(command: str, summary: str) -> None:
+    """`varl eval COMMAND`: draws a benchmark's pictures and, where judges are named, scores them."""
+
+    def run(
+        target: Annotated[str, typer.Argument(metavar="MODEL|RUN", help="A model folder that reads text, or a run directory.")],
+        prompts: Annotated[Path, typer.Argument(metavar="PROMPTS", help="The benchmark's file or folder, as its authors publish it.")],
+        reward: Annotated[
+            list[str] | None,
+            typer.Option(
+                metavar="KIND|NAME={...}|FILE.yaml",
+                help="Who judges: clip_score, hps={kind: hps, batch: 8}, or a file like a run's `rewards`. May be repeated.",
+            ),
+        ] = None,
+        samples: Annotated[int | None, typer.Option(min=1, max=1000, help="Pictures of each prompt; as many as its authors draw.")] = None,
+        shard: Annotated[str | None, typer.Option(metavar="I/N", help="Draw every Nth prompt, from I on; not under torchrun.")] = None,
+        batch: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 64,
+        seed: int = 1234,
+        cfg: Annotated[str, typer.Option(help=GUIDANCE)] = "1.0",
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        steps: Steps = None,
+        denoise_steps: DenoiseSteps = None,
+        dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the transformer.")] = "float32",
+        out: Annotated[
+            Path | None, typer.Option("--out", help="Folder of the pictures and numbers; RUN/COMMAND or ./COMMAND if not given.")
+        ] = None,
+        quiet: Quiet = False,
+    ) -> None:
+        rewards, (index, count) = rewards_of(reward or ()), shard_of(shard)
+        quiet = quiet or not first_process()
+        from varl.eval.benchmarks.gallery import PICTURES, Shard
+        from varl.sample import await_pictures, draw_exhibition, find_model, guidance_of, plan_exhibition, score_exhibition
+
+        model = find_model(target)
+        law = LawConfig(cfg_scale=guidance_of(cfg, model), temperature=temperature, top_k=top_k, top_p=top_p)
+        folder = out or (Path(target) if model == Path(target) / "model" else Path()) / command
+        demand_place(folder, folder)
+        asked = {"samples": samples, "seed": seed, "dtype": dtype, "rewards": rewards}
+        shown = plan_exhibition(command, prompts, model, folder, law, unmasking_of(steps, denoise_steps), **asked)
+        gallery = shown.gallery
+        with Bar(None, measured_line, shown=not quiet) as bar:
+            mine = Shard(index=index, count=count)
+            draw_exhibition(shown, batch, mine, bar.counter("pictures", len(mine.of(gallery.items)) * gallery.samples))
+            if not first_process():
+                return
+            if shard is None:
+                await_pictures(gallery)
+            left = sum(len(gallery.missing(i)) for i in range(len(gallery.items)))
+            rows = []
+            if rewards and not left:
+                rows = score_exhibition(shown, batch, bar.counter("judged", len(gallery.items) * gallery.samples))
+        typer.echo(f"pictures {folder / PICTURES}")
+        if left:
+            typer.echo(f"{left} pictures are left to the other shards. When they are there, the same command without --shard goes on.")
+            return
+        typer.echo(f"scorer   {gallery.benchmark.official.format(pictures=folder / PICTURES, samples=gallery.samples)}")
+        if rows:
+            file = folder / "scores.json"
+            told = {"benchmark": command, "model": str(model), "prompts": str(prompts), "seed": seed, **dataclasses.asdict(law)}
+            file.write_text(json.dumps({**told, "rows": rows}, indent=2))
+            out_console.print(benchmark_table(rows))
+            typer.echo(str(file))
+
+    evaluation.command(command, help=f"{summary} Draws, goes on where it stopped, and scores where a reward is named.")(run)
+
+
+def benchmark_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each category, a column for each measure."""
+    measures = list(dict.fromkeys(name.removesuffix("_ci95") for row in rows for name in row if name.endswith("_ci95")))
+    table = Table("category", "pictures", *measures)
+    for row in rows:
+        cells = [f"{row[name]:.4g} ± {row[f'{name}_ci95']:.2g}" if name in row else "" for name in measures]
+        table.add_row(row["category"], str(row.get("pictures", "")), *cells)
+    return table
+
+
+for name, summary in {
+    "geneval": "GenEval: objects, how many, of which colour, where.",
+    "dpg": "DPG-Bench: long prompts, by a tree of questions.",
+    "t2i-compbench": "T2I-CompBench: attributes, places, numbers, relations.",
+    "hpsv3": "HPSv3's benchmark: what people prefer, by category.",
+    "cvtg": "CVTG-2K: two to five texts in a picture.",
+    "drawbench": "DrawBench: prompts of 11 kinds, to be looked at.",
+}.items():
+    benchmark_command(name, summary)
 
 
 @app.command()

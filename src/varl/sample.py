@@ -1,27 +1,36 @@
-"""Pictures from a model folder: to look at, to read, to hold against real ones."""
+"""Pictures from a model folder: to look at, to read, to hold against real ones, to lay before a benchmark's scorer."""
 
-from collections.abc import Callable, Sequence
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from varl.build import AnyPolicy, model_path, new_policy, require_unmasking
+from varl.build import AnyPolicy, build_reward, model_path, new_policy, require_unmasking
 from varl.checkpoints import harmon, janus
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.folder import load_config
-from varl.config import ActingConfig, LawConfig, NextScaleConfig, OCRConfig, UnmaskingConfig, WordsConfig, var_guidance
+from varl.config import ActingConfig, LawConfig, NextScaleConfig, OCRConfig, RewardConfig, UnmaskingConfig, WordsConfig, var_guidance
 from varl.data.folder import read_folder
 from varl.data.fonts import FACES
 from varl.data.words import PALETTES
+from varl.distributed.mesh import torchrun_seat
 from varl.errors import ConfigError
-from varl.eval.draw import draw_pictures
+from varl.eval.benchmarks import BENCHMARKS, read_items
+from varl.eval.benchmarks.gallery import Gallery, Shard, draw_gallery
+from varl.eval.benchmarks.score import ask_all, score_rows
+from varl.eval.draw import digest, draw_pictures
 from varl.eval.features import Extractor
 from varl.eval.inception import load_inception
 from varl.eval.words import draw_sample, reading_metrics, token_diversity
+from varl.plan.families import require_readable
+from varl.plan.missing import judge_of
 from varl.policies.next_scale import NextScalePolicy
 from varl.probe import model_identity
 from varl.rewards.judge import judge_now
@@ -30,7 +39,7 @@ from varl.rewards.toy import load_callable
 from varl.rng import Stream
 from varl.settings import model_from_yaml
 from varl.train.record import picture_grid
-from varl.types import Prompt, Region
+from varl.types import Prompt, Region, RewardFn
 
 COPIES = 2
 """Pictures of each prompt in an evaluation: two tell how much they differ."""
@@ -232,3 +241,114 @@ def load_extractor(features: str | None, inception: Path | None) -> Extractor:
     folder = model_at(features)
     extractor = load_callable(features) if folder is None else model_folder.load_classifier(folder)
     return extractor.to(usual_device()).eval() if isinstance(extractor, nn.Module) else cast(Extractor, extractor)
+
+
+# ---- for benchmarks ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exhibition:
+    """Which pictures of a benchmark are to be drawn, by what, and who judges them."""
+
+    model: Path
+    law: LawConfig
+    unmasking: UnmaskingConfig | None
+    seed: int
+    dtype: Literal["float32", "bfloat16"]
+    gallery: Gallery
+    rewards: Mapping[str, RewardConfig]
+
+
+def plan_exhibition(
+    command: str,
+    prompts: Path,
+    model: Path,
+    folder: Path,
+    law: LawConfig = LawConfig(),
+    unmasking: UnmaskingConfig | None = None,
+    *,
+    samples: int | None,
+    seed: int,
+    dtype: Literal["float32", "bfloat16"],
+    rewards: Mapping[str, RewardConfig],
+) -> Exhibition:
+    """All that can be known before a weight is loaded: that the files are the benchmark's, that the model reads their prompts, that every
+    judge is there. ConfigError or DataError says what is not."""
+    benchmark, config = BENCHMARKS[command], config_of(model)
+    require_unmasking(config, unmasking)
+    items = read_items(benchmark, prompts)
+    if config.num_classes is not None:
+        raise ConfigError(f"{model}: this model draws classes and reads no text, which {benchmark.title} is made of. Give one that reads.")
+    height, width = config.image_size
+    if benchmark.square and height != width:
+        raise ConfigError(
+            f"{model}: its pictures are {height}x{width} (height x width), and the scorer of {benchmark.title} cuts squares. Give another "
+            "model."
+        )
+    count = benchmark.samples if samples is None else samples
+    if benchmark.counts and count not in benchmark.counts:
+        takes = " or ".join(map(str, benchmark.counts))
+        raise ConfigError(f"--samples {count}: the scorer of {benchmark.title} takes {takes} of each prompt. Give one of these.")
+    require_readable([item.prompt for item in items], config)
+    letters = {letter for item in items for word in item.prompt.words for letter in word.upper()}
+    judges = {name: _reads(reward, letters) for name, reward in rewards.items()}
+    for name, reward in judges.items():
+        judge_of(name, reward, None)
+    gallery = Gallery(benchmark=benchmark, items=items, samples=count, folder=folder)
+    return Exhibition(model=model, law=law, unmasking=unmasking, seed=seed, dtype=dtype, gallery=gallery, rewards=judges)
+
+
+def _reads(reward: RewardConfig, letters: set[str]) -> RewardConfig:
+    """A reader answers with every letter that is asked for."""
+    return replace(reward, letters="".join(sorted({*reward.letters.upper(), *letters}))) if isinstance(reward, OCRConfig) else reward
+
+
+def draw_exhibition(shown: Exhibition, batch: int, shard: Shard, tick: Callable[[int], None]) -> None:
+    """Draws what is not there of the shard's prompts, on the GPU of this process if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(torchrun_seat().local_rank)
+    dtype = torch.bfloat16 if shown.dtype == "bfloat16" else torch.float32
+    draw_gallery(
+        lambda: load_policy(shown.model, shown.law, dtype, shown.unmasking),
+        shown.gallery,
+        seed=shown.seed,
+        batch=batch,
+        settings={
+            "model": model_identity(shown.model)[:16],
+            "prompts": digest(shown.gallery.items),
+            "dtype": shown.dtype,
+            **asdict(shown.law),
+            **(asdict(shown.unmasking) if shown.unmasking else {}),
+        },
+        noted={"folder": str(shown.model), "varl": version("varl"), "commit": commit()},
+        shard=shard,
+        tick=tick,
+    )
+
+
+def commit() -> str | None:
+    """Of the checkout that this code lies in; None where it was installed from a package."""
+    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def await_pictures(gallery: Gallery, seconds: float = 1.0) -> None:
+    """Until the other processes have drawn theirs. One that fails ends them all, torchrun sees to it."""
+    while any(gallery.missing(i) for i in range(len(gallery.items))):
+        time.sleep(seconds)
+
+
+def score_exhibition(shown: Exhibition, batch: int, tick: Callable[[int], None]) -> list[dict[str, Any]]:
+    """What the judges say of the pictures, a row for each category and one of all."""
+    judges: dict[str, RewardFn] = {}
+    try:
+        for name, reward in shown.rewards.items():
+            judges[name] = build_reward(reward)
+        return score_rows(ask_all(judges, shown.gallery, batch=batch, device=usual_device(), tick=tick), shown.gallery)
+    finally:
+        for judge in judges.values():
+            if (close := getattr(judge, "close", None)) is not None:
+                close()

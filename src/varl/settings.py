@@ -37,12 +37,14 @@ from varl.config import (
     PythonRewardConfig,
     RasterConfig,
     ReconstructionConfig,
+    RewardConfig,
     RunConfig,
     ServedRewardConfig,
     SSIMConfig,
     VAPIConfig,
     VARRLConfig,
     VQAConfig,
+    WeightedReward,
     WordsConfig,
 )
 from varl.errors import ConfigError
@@ -115,6 +117,16 @@ def classifier_from_yaml(text: str) -> ClassifierConfig:
     if not isinstance(config, ClassifierConfig):
         raise ConfigError(f"kind={KINDS[type(config)]!r}: draws pictures, and names none. Give a classifier.")
     return config
+
+
+def rewards_from_yaml(text: str) -> dict[str, RewardConfig]:
+    """What a run's `rewards` may hold, by name. Weights are of no use where nothing is added up."""
+    return {name: part.reward for name, part in _structure(_parse(text), dict[str, WeightedReward], "rewards").items()}
+
+
+def reward_from_yaml(text: str) -> RewardConfig:
+    """One reward's settings, with their `kind`."""
+    return _structure(_parse(text), RewardConfig, "reward")
 
 
 def override(config: Config, assignments: Sequence[str]) -> Config:

@@ -79,13 +79,18 @@ def read_folder(path: Path | str, *, open_pictures: bool = True) -> list[Prompt]
     prompts = []
     for number, line in enumerate(lines, 1):
         if line.strip():
-            try:
-                prompts.append(_prompt(line, Path(path), open_pictures))
-            except _Fault as fault:
-                raise DataError(f"{file}:{number}: {fault}") from fault.__cause__
+            prompts.append(read_line(line, f"{file}:{number}", Path(path), open_pictures=open_pictures))
     if not prompts:
         raise DataError(f"{file}: is empty. Write one JSON object a line.")
     return prompts
+
+
+def read_line(line: str, where: str, folder: Path, *, open_pictures: bool = True) -> Prompt:
+    """The prompt of one line, `image` as a path in `folder`; DataError says with `where` what is wrong with it."""
+    try:
+        return _prompt(line, folder, open_pictures)
+    except _Fault as fault:
+        raise DataError(f"{where}: {fault}") from fault.__cause__
 
 
 class _Fault(Exception):

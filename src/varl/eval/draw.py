@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,8 @@ def draw_pictures(
     """`folder`/pictures.npz: `count` pictures of prompts among `choices`, bytes [count, H, W, 3] as `arr_0`. What is there already is not
     drawn again, and the model is loaded only if something is to be drawn. `settings`, all that shapes a picture beside the rest of what is
     given, tells whether the folder's pictures are these: ConfigError if they are others, DataError if the disk fails."""
-    told = json.dumps({"count": count, "seed": seed, "size": list(size), "prompts": _digest(choices), **settings}, indent=2)
-    _refuse_others(folder, json.loads(told))
+    told = json.dumps({"count": count, "seed": seed, "size": list(size), "prompts": digest(choices), **settings}, indent=2)
+    refuse_others(folder, json.loads(told))
     file, policy = folder / PICTURES, None
     if file.is_file():
         tick(count)
@@ -97,11 +97,11 @@ def draw_pictures(
             policy = policy or load()
             images = draw_shard(policy, choices, rows, seed=seed, size=size, batch=batch, tick=tick)
             if not (folder / SETTINGS).is_file():  # a law that cannot be drawn under has failed by now, and left no trace
-                with _whole(folder / SETTINGS) as beside:
+                with whole(folder / SETTINGS) as beside:
                     write_bytes(beside, told.encode())
-            with _whole(shard) as beside:
+            with whole(shard) as beside:
                 write_tensors(beside, {"images": images})
-        with _whole(file) as beside:
+        with whole(file) as beside:
             write_npz(beside, (count, *size, 3), (read_tensors(shard)["images"] for shard in shards.values()))
     for shard in folder.glob("*.safetensors"):
         shard.unlink()
@@ -119,12 +119,13 @@ def write_npz(file: Path, shape: tuple[int, int, int, int], parts: Iterator[UInt
         os.fsync(out.fileno())
 
 
-def _digest(choices: Sequence[Prompt]) -> str:
-    return hashlib.sha256(repr(list(choices)).encode()).hexdigest()[:16]
+def digest(asked: Sequence[object]) -> str:
+    """What tells lists of prompts apart."""
+    return hashlib.sha256(repr(list(asked)).encode()).hexdigest()[:16]
 
 
-def _refuse_others(folder: Path, told: Mapping[str, Any]) -> None:
-    """ConfigError where the folder holds other pictures, or something else."""
+def refuse_others(folder: Path, told: Mapping[str, Any], noted: Collection[str] = ()) -> None:
+    """ConfigError where the folder holds other pictures than `told` makes, or something else. What is only `noted` may differ."""
     file = folder / SETTINGS
     if not file.is_file():
         if folder.is_file() or (folder.is_dir() and any(_TMP not in entry.name for entry in folder.iterdir())):
@@ -134,15 +135,15 @@ def _refuse_others(folder: Path, told: Mapping[str, Any]) -> None:
         found = dict(json.loads(file.read_bytes()))
     except (ValueError, TypeError) as error:
         raise DataError(f"{file}: cannot be understood ({error}). Remove the folder; its pictures will be drawn again.") from error
-    if others := [name for name in {**told, **found} if told.get(name) != found.get(name)]:
+    if others := [name for name in {**told, **found} if told.get(name) != found.get(name) and name not in noted]:
         differ = "; ".join(f"{name} was {found.get(name)}, is {told.get(name)}" for name in others)
         raise ConfigError(f"{folder}: holds pictures that were drawn otherwise: {differ}. Give another --out, or remove the folder.")
 
 
 @contextmanager
-def _whole(file: Path) -> Iterator[Path]:
-    """Where to write `file`, which then is there whole or not at all."""
-    beside = file.with_name(f"{file.name}{_TMP}{os.getpid()}")
+def whole(file: Path, room: Path | None = None) -> Iterator[Path]:
+    """Where to write `file`, which then is there whole or not at all: beside it, or in the folder `room` of the same disk."""
+    beside = (room or file.parent) / f"{file.name}{_TMP}{os.getpid()}"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         yield beside
