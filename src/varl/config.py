@@ -1420,6 +1420,11 @@ class PretrainConfig:
             raise ConfigError("pixel_loss: trains a raster model that can draw already. Set init to its folder, and `model` to its config.")
 
     @property
+    def captions(self) -> CaptionConfig | None:
+        """As the model reads them; None if it reads none."""
+        return self.model.captions if isinstance(self.model, RasterConfig | InfinityConfig) else None
+
+    @property
     def flipped(self) -> float:
         """`self_correction`, resolved."""
         return 0.3 if self.self_correction is None else self.self_correction
