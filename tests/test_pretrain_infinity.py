@@ -90,7 +90,7 @@ def config(tmp_path_factory) -> PretrainConfig:
     return PretrainConfig(
         model=MODEL,
         data=FolderConfig(path=str(folder / "train"), heldout=str(folder / "heldout")),
-        tokenizer_steps=60,
+        tokenizer_steps=40,
         tokenizer_batch=16,
         tokenizer_lr=1e-2,
         steps=20,
@@ -215,8 +215,8 @@ def test_every_weight_of_the_autoencoder_learns(bsq):
 
 def test_both_phases_learn(base):
     lines = metrics(base)
-    assert [line["stage"] for line in lines] == ["tokenizer"] * 60 + ["transformer"] * 20
-    tokenizer, transformer = lines[:60], lines[60:]
+    assert [line["stage"] for line in lines] == ["tokenizer"] * 40 + ["transformer"] * 20
+    tokenizer, transformer = lines[:40], lines[40:]
     assert tokenizer[-1]["pretrain/psnr"] > tokenizer[0]["pretrain/psnr"] + 3
     assert 0 < tokenizer[-1]["pretrain/bit_usage"] <= 1
     assert transformer[0]["pretrain/heldout_loss"] == pytest.approx(math.log(2), abs=0.1), "a fresh head is nearly 0"
@@ -231,7 +231,7 @@ def test_interrupted_in_either_phase_it_ends_where_the_unbroken_one_does(config,
     class Interrupted(Exception):
         pass
 
-    for step in (3, 58, 60, 61, 70):
+    for step in (3, 40, 46):
 
         def tick(values, step=step):
             if values["step"] == step:
@@ -320,24 +320,23 @@ def test_without_flips_it_is_plain_training_to_the_bit(config, bsq):
     assert not torch.equal(plain["head.weight"], some["head.weight"])
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_corrected_model_knows_better_what_comes_after_wrong_bits(config, bsq, seed):
-    """Of held-out pictures, 20 % of whose bits of the second scale are turned round; and of the first."""
+def test_a_corrected_model_knows_better_what_comes_after_wrong_bits(config, bsq):
+    """Of held-out pictures, 20 % of whose bits of the first scale are turned round; or of the second."""
     shown, after = pictures(config), {}
     wrong = bsq.split(Stream(seed=9, rows=tuple(range(16))).uniform(21, 4) < 0.2)
-    for share in (0.0, 0.3):
+    for seed, share in product(range(3), (0.0, 0.3)):
         phase = CorrectingPhase(replace(config, self_correction=share), InfinityFamily(fresh(seed=seed)[0], bsq, captions), shown, CPU)
         phase.begin()
         for step in range(60):
             phase.step(step)
-        with torch.no_grad():
-            for turned in (0, 1):
-                losses, _ = phase.family.fit(
-                    phase.held.said, phase.held.kept, lambda scale, turned=turned: wrong[scale] if scale == turned else None
-                )
-                after[share, turned] = phase.family.parts(losses)[f"scale{turned + 1}"]
-    for turned in (0, 1):
-        assert after[0.3, turned] < 0.9 * after[0.0, turned]
+        for turned in (0, 1):
+            with torch.no_grad():
+                losses, _ = phase.family.fit(*phase.held[::-1], lambda scale, turned=turned: wrong[scale] if scale == turned else None)
+            after[seed, share, turned] = phase.family.parts(losses)[f"scale{turned + 1}"]
+    for seed in range(3):
+        assert after[seed, 0.3, 0] < 0.85 * after[seed, 0.0, 0]
+    corrected, plain = (sum(after[seed, share, 1] for seed in range(3)) for share in (0.3, 0.0))
+    assert corrected < 0.95 * plain
 
 
 # ---- the loss
@@ -486,7 +485,7 @@ def test_its_plan(config, tmp_path):
     found = plan(none, calibrate=False)
     (problem,) = found.problems
     assert problem.startswith(f"captions.encoder='{tmp_path}/none': there is no such folder")
-    assert [(u.name, u.count, u.trained) for u in found.updates] == [("tokenizer", 60, 16 * 21), ("transformer", 20, 8 * 21)]
+    assert [(u.name, u.count, u.trained) for u in found.updates] == [("tokenizer", 40, 16 * 21), ("transformer", 20, 8 * 21)]
     assert found.updates[1].flops["train"] == 3 * 8 * family_of(MODEL).forward(3).flops
 
 
@@ -521,4 +520,4 @@ def test_the_reconstruction_is_measured_as_it_will_be_decoded(config, base, bsq)
     images = signed(pictures(config).held_images)
     with torch.no_grad():
         error = F.mse_loss(bsq.render(bsq.f_hat(bsq.encode(images))), images)
-    assert psnr(float(error)) > metrics(base)[59]["pretrain/psnr"] - 2
+    assert psnr(float(error)) > metrics(base)[39]["pretrain/psnr"] - 2
