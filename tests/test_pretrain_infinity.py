@@ -42,6 +42,7 @@ from varl.pretrain.transformer import TransformerPhase, without_prompts
 from varl.rng import Stream, generator
 from varl.settings import from_yaml, to_yaml
 from varl.tokenizers.bsq import BSQ
+from varl.train.optim import lr_at, set_lr
 from varl.types import Prompt
 
 MODEL = InfinityConfig(
@@ -384,10 +385,12 @@ def test_with_exact_logits_the_loss_is_the_entropy():
 def test_four_captioned_pictures_are_learned_by_heart(bsq):
     images, said = squares(4, 5)
     shown = Shown(images, said, images, said)
-    config = PretrainConfig(model=MODEL, steps=150, batch=4, optim=OptimConfig(name="muon", lr=2e-2), self_correction=0.0, device="cpu")
+    optim = OptimConfig(name="muon", lr=2e-2, schedule="linear")
+    config = PretrainConfig(model=MODEL, steps=120, batch=4, optim=optim, self_correction=0.0, device="cpu")
     phase = CorrectingPhase(config, InfinityFamily(fresh()[0], bsq, captions), shown, CPU)
     phase.begin()
     for step in range(config.steps):
+        set_lr(phase.optimizer, lr_at(step, config.steps, optim))
         found = phase.step(step)
     assert found()["pretrain/accuracy"] > 0.99
     with torch.no_grad():
