@@ -52,7 +52,7 @@ def heldout_loss(config: PretrainConfig, folder) -> float:
         phase.begin()
         return phase.heldout_loss()
     family = RasterFamily(model, tokenizer) if isinstance(model, Raster) else NextScaleFamily(model, tokenizer)
-    ids, said = known(family, images, prompts, torch.device("cpu"))
+    ids, said = known(family, images, family.read(prompts), torch.device("cpu"))
     return float(family.fit(said, ids)[0].mean())
 
 

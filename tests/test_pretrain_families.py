@@ -310,14 +310,14 @@ def test_what_is_compared_is_the_hard_decode_of_unit_codes(configs):
     phase = phase_of(configs["transformer"])
     phase.begin()
     vq, family, images = phase.family.tokenizer, phase.family, phase.shown.images[:4]
-    rows = Known(phase.known.ids[:4], phase.known.said[:4])
+    rows = Known(phase.known.kept[:4], phase.known.said[:4])
     loss, parts = phase.loss(images, rows, generator(0))
     with torch.no_grad():
-        ids = family.logits(rows.said, rows.ids).argmax(-1)
+        ids = family.logits(rows.said, rows.kept).argmax(-1)
         codes = F.normalize(vq.quantize.embedding.weight[ids], dim=-1).transpose(1, 2).unflatten(2, (2, 2))
         rendered, real = vq.render(codes).add(1).div(2), images.float() / 255
         want = distances(rendered, real, looks(real), looks)
-        nll = family.fit(rows.said, rows.ids)[0].mean()
+        nll = family.fit(rows.said, rows.kept)[0].mean()
     assert {name: float(part) for name, part in parts.items()} == pytest.approx(
         {"mse": float(want["mse"].mean()), "perceptual": float(want["perceptual"].mean()), "nll": float(nll)}, rel=1e-5
     )
@@ -330,11 +330,11 @@ def test_its_gradient_is_the_decoders_through_the_softmax(configs):
     phase = phase_of(config)
     phase.begin()
     vq, family, images = phase.family.tokenizer, phase.family, phase.shown.images[:4]
-    rows = Known(phase.known.ids[:4], phase.known.said[:4])
+    rows = Known(phase.known.kept[:4], phase.known.said[:4])
     phase.loss(images, rows, generator(0))[0].backward()
     got = family.model.output.weight.grad
     with torch.no_grad():
-        hidden = family.model.norm(family.model(family.model.condition(rows.said), rows.ids))
+        hidden = family.model.norm(family.model(family.model.condition(rows.said), rows.kept))
         logits, real = family.model.output(hidden), images.float() / 255
     every = F.normalize(vq.quantize.embedding.weight.detach(), dim=-1)
     code = every[logits.argmax(-1)].requires_grad_()

@@ -20,7 +20,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from varl.config import LawConfig, PretrainConfig, RasterConfig, RewardConfig, RunConfig, ServedRewardConfig, UnmaskingConfig
+from varl.config import LawConfig, PretrainConfig, RewardConfig, RunConfig, ServedRewardConfig, UnmaskingConfig
 from varl.errors import ConfigError, VarlError
 from varl.recipes import describe, recipe
 from varl.settings import from_yaml, override, reward_from_yaml, rewards_from_yaml
@@ -386,8 +386,7 @@ def pretrain(target: Target, assignments: Set = None, out: Out = None, quiet: Qu
     refuse(plan(config, calibrate=False).problems)
     from varl.pretrain.run import pretrain as run
 
-    reads = config.model.captions if isinstance(config.model, RasterConfig) else None
-    captions = None if reads is None else caption_encoder(reads, device_of(config.device))
+    captions = None if config.captions is None else caption_encoder(config.captions, device_of(config.device))
     command = command_line("pretrain", target, assignments, folder)
     with Bar(config.total_steps, measured_line, shown=not quiet) as bar:
 

@@ -1445,7 +1445,7 @@ class PretrainConfig:
     """A base model from scratch: tokenizer, then transformer; or a classifier."""
 
     name: str = "base"
-    model: NextScaleConfig | RasterConfig | MARConfig | ClassifierConfig
+    model: NextScaleConfig | InfinityConfig | RasterConfig | MARConfig | ClassifierConfig
     data: DataConfig = WordsConfig()
     pictures: int = 4096
     """Distinct training pictures, where they are drawn here. Of other pictures all are taken. All are kept in memory."""
@@ -1459,6 +1459,9 @@ class PretrainConfig:
     optim: OptimConfig = OptimConfig(name="muon", lr=3e-3, schedule="linear")
     drop_prompt: float = 0.0
     """Share of training prompts replaced by the empty prompt, for guidance."""
+    self_correction: float | None = None
+    """Bitwise self-correction, of an Infinity: of each picture and scale a share of the bits, drawn between 0 and this, is turned round,
+    and finer scales learn to correct it. None is the paper's 0.3."""
     init: str | None = None
     """Go on from this model folder: tokenizer kept, transformer trained on."""
     pixel_loss: PixelLossConfig | None = None
@@ -1477,10 +1480,24 @@ class PretrainConfig:
             _demand(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         for name in ("warmup_share", "drop_prompt"):
             _demand(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a share, 0 to 1")
+        if self.self_correction is not None:
+            _demand("self_correction", self.self_correction, 0 <= self.self_correction <= 0.5, "0 to 0.5, where bits say nothing more")
+            if not isinstance(self.model, InfinityConfig):
+                raise ConfigError(f"self_correction={self.self_correction:g}: turns bits round, of an Infinity. Leave it out.")
         if isinstance(self.model, ClassifierConfig) and self.init is not None:
             raise ConfigError(f"init={self.init!r}: a classifier starts from nothing. Leave init out.")
         if self.pixel_loss is not None and not (isinstance(self.model, RasterConfig) and self.init is not None):
             raise ConfigError("pixel_loss: trains a raster model that can draw already. Set init to its folder, and `model` to its config.")
+
+    @property
+    def captions(self) -> CaptionConfig | None:
+        """As the model reads them; None if it reads none."""
+        return self.model.captions if isinstance(self.model, RasterConfig | InfinityConfig) else None
+
+    @property
+    def flipped(self) -> float:
+        """`self_correction`, resolved."""
+        return 0.3 if self.self_correction is None else self.self_correction
 
     @property
     def trains_tokenizer(self) -> bool:

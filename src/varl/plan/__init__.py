@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from varl.algorithms.var_rl import VARRL
-from varl.build import build_algorithm, demand_texts, new_policy, trains_head
+from varl.build import build_algorithm, caption_encoder, demand_texts, new_policy, trains_head
 from varl.config import ClassifierConfig, FolderConfig, MARConfig, PicturesConfig, PretrainConfig, RunConfig, UnmaskingConfig, WordsConfig
 from varl.models.classifier import Classifier
 from varl.plan.cost import (
@@ -132,6 +132,8 @@ def _of_pretraining(config: PretrainConfig, calibrate: bool) -> Plan:
             problems.append(f"init={config.init!r} holds a model of another config than `model`. Copy `model` from its config.yaml.")
     check_prompts(problems, data_of(problems, config.data, "pretrain").prompts, config.model)
     check_size(problems, config.data, config.model)
+    if config.captions is not None:
+        attempt(problems, caption_encoder, config.captions, device)
     if isinstance(config.model, ClassifierConfig):
         with torch.device("meta"):
             classifier = Classifier(config.model)

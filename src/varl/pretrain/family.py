@@ -8,25 +8,52 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from varl.tokenizers.bsq import BSQ
 from varl.tokenizers.multiscale_vq import MultiScaleVQ
 from varl.tokenizers.vq import VQ
 from varl.types import Prompt
 
 Fit = tuple[Float[Tensor, "b L"], Bool[Tensor, "b L"]]
-"""-log p of each token in nats, and whether no other value was more probable."""
+"""-log p of each token in nats, and whether no other value was more probable; of each bit, where a token is bits."""
 
 
 @runtime_checkable
 class Family(Protocol):
-    """A model and its tokenizer."""
+    """A model and its tokenizer: what is asked of the transformer."""
 
     @property
     def model(self) -> nn.Module: ...
 
     @property
-    def tokenizer(self) -> MultiScaleVQ | VQ: ...
+    def tokenizer(self) -> MultiScaleVQ | VQ | BSQ: ...
 
-    # -- tokenizer
+    def keep(self, images: Float[Tensor, "B 3 H W"]) -> Tensor:
+        """What is kept of pictures for all steps: their tokens, or features to make them of."""
+        ...
+
+    def read(self, prompts: Sequence[Prompt]) -> Int[Tensor, "N ..."]:
+        """A row for each prompt, to make batches of. Raises DataError for a prompt that the model cannot read."""
+        ...
+
+    def nothing(self, said: Int[Tensor, "b ..."]) -> Int[Tensor, "..."]:
+        """The row of the empty prompt, as long as those of `said`; or one for each of them."""
+        ...
+
+    def fit(self, said: Int[Tensor, "b ..."], kept: Tensor) -> Fit:
+        """Of all tokens, each given those before it."""
+        ...
+
+    def parts(self, losses: Float[Tensor, "N L"]) -> dict[str, float]:
+        """Means over parts of the picture, where the family has parts."""
+        ...
+
+
+@runtime_checkable
+class CodebookFamily(Family, Protocol):
+    """And of a tokenizer that looks codes up."""
+
+    @property
+    def tokenizer(self) -> MultiScaleVQ | VQ: ...
 
     @property
     def codebook(self) -> nn.Embedding: ...
@@ -45,24 +72,6 @@ class Family(Protocol):
 
     def uses(self, ids: Int[Tensor, "B L"]) -> Int[Tensor, " n"]:
         """The ids in the order in which the tokenizer lists the vectors that it looked up."""
-        ...
-
-    # -- transformer
-
-    def read(self, prompts: Sequence[Prompt]) -> Int[Tensor, "N ..."]:
-        """A row for each prompt, to make batches of. Raises DataError for a prompt that the model cannot read."""
-        ...
-
-    def nothing(self, said: Int[Tensor, "b ..."]) -> Int[Tensor, "..."]:
-        """The row of the empty prompt, as long as those of `said`."""
-        ...
-
-    def fit(self, said: Int[Tensor, "b ..."], ids: Int[Tensor, "b L"]) -> Fit:
-        """Of all tokens, each given those before it."""
-        ...
-
-    def parts(self, losses: Float[Tensor, "N L"]) -> dict[str, float]:
-        """Means over parts of the picture, where the family has parts."""
         ...
 
 

@@ -17,7 +17,7 @@ from varl.types import Prompt
 
 
 class NextScaleFamily:
-    """A `Family`. Rows are classes, or characters."""
+    """A `CodebookFamily`. Rows are classes, or characters."""
 
     def __init__(self, model: NextScale, tokenizer: MultiScaleVQ) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -57,6 +57,9 @@ class NextScaleFamily:
 
     # -- transformer
 
+    def keep(self, images: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B L"]:
+        return self.tokenizer.encode(images)
+
     def read(self, prompts: Sequence[Prompt]) -> Int[Tensor, "N ..."]:
         return model_ids(prompts, self.model.config)
 
@@ -64,11 +67,11 @@ class NextScaleFamily:
         empty = model_ids([Prompt()], self.model.config)[0]
         return empty if said.ndim == 1 else F.pad(empty, (0, said.shape[1] - len(empty)))
 
-    def fit(self, said: Int[Tensor, "b ..."], ids: Int[Tensor, "b L"]) -> Fit:
+    def fit(self, said: Int[Tensor, "b ..."], kept: Int[Tensor, "b L"]) -> Fit:
         with torch.no_grad():
-            inputs = self.tokenizer.inputs(ids)
+            inputs = self.tokenizer.inputs(kept)
         condition = self.model.condition(said)
-        return fit_of(self.model.logits(self.model(condition, inputs), condition), ids)
+        return fit_of(self.model.logits(self.model(condition, inputs), condition), kept)
 
     def parts(self, losses: Float[Tensor, "N L"]) -> dict[str, float]:
         """By scale."""

@@ -47,16 +47,16 @@ class PixelLossPhase(Stateless):
         self.optimizer = build_optimizer(self.trained.requires_grad_(True), config.optim)
 
     def begin(self) -> None:
-        self.known = known(self.family, self.shown.images, self.shown.prompts, self.device)
-        self.held = known(self.family, self.shown.held_images, self.shown.held_prompts, self.device)
+        self.known = known(self.family, self.shown.images, self.family.read(self.shown.prompts), self.device)
+        self.held = known(self.family, self.shown.held_images, self.family.read(self.shown.held_prompts), self.device)
 
     def step(self, step: int) -> Metrics:
         config = self.config
-        batch = batch_index(len(self.known.ids), config.batch, step, config.seed, "pixels")
+        batch = batch_index(len(self.known.kept), config.batch, step, config.seed, "pixels")
         said = self.known.said[batch]
         said = without_prompts(said, self.family.nothing(said), config, step)
         rng = generator(config.seed, "draws", step)
-        loss, parts = self.loss(self.shown.images[batch], Known(self.known.ids[batch], said), rng)
+        loss, parts = self.loss(self.shown.images[batch], Known(self.known.kept[batch], said), rng)
         norm = descend(self, loss, self.trained.parameters())
 
         def metrics(loss=loss.detach()) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class PixelLossPhase(Stateless):
         of. What leaves the decoder is not cut to [0, 1]: beyond it a cut has no gradient."""
         vq, model, real = self.family.tokenizer, self.family.model, images.to(self.device).float() / 255
         with precision(self.config, self.device):
-            logits = self.family.logits(rows.said, rows.ids).float()
+            logits = self.family.logits(rows.said, rows.kept).float()
         if self.pixel_loss.trains == "transformer":
             every = vq.quantize(torch.arange(logits.shape[-1], device=self.device))
             codes = straight_through(logits, every, self.pixel_loss.temperature).transpose(1, 2).unflatten(2, model.config.grid)
@@ -79,7 +79,7 @@ class PixelLossPhase(Stateless):
             maps = [] if self.features is None else self.features(real)
         parts = distances(vq.render(codes).add(1).div(2), real, maps, self.features, self.distance)
         loss = -reconstruction_value(parts, self.pixel_loss.reconstruction.lpips_weight).mean()
-        nll = fit_of(logits, rows.ids)[0].mean()
+        nll = fit_of(logits, rows.kept)[0].mean()
         if self.pixel_loss.prior_weight > 0:
             loss = loss + self.pixel_loss.prior_weight * nll
         return loss, {**{name: part.mean().detach() for name, part in parts.items()}, "nll": nll.detach()}

@@ -19,7 +19,7 @@ from varl.types import Prompt
 
 
 class RasterFamily:
-    """A `Family`. Rows are classes; or captions, as places among the different ones that were read."""
+    """A `CodebookFamily`. Rows are classes; or captions, as places among the different ones that were read."""
 
     def __init__(self, model: Raster, tokenizer: VQ, captions: CaptionEncoder | None = None) -> None:
         if model.config.captions is not None and captions is None:
@@ -52,6 +52,9 @@ class RasterFamily:
 
     # -- transformer
 
+    def keep(self, images: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B L"]:
+        return self.tokenizer.encode(images)
+
     def read(self, prompts: Sequence[Prompt]) -> Int[Tensor, " N"]:
         embedding = self.model.cls_embedding
         if not isinstance(embedding, CaptionEmbedding):
@@ -80,8 +83,8 @@ class RasterFamily:
         )
         return self.model.logits(self.model(condition, ids))
 
-    def fit(self, said: Int[Tensor, " b"], ids: Int[Tensor, "b L"]) -> Fit:
-        return fit_of(self.logits(said, ids), ids)
+    def fit(self, said: Int[Tensor, " b"], kept: Int[Tensor, "b L"]) -> Fit:
+        return fit_of(self.logits(said, kept), kept)
 
     def parts(self, losses: Float[Tensor, "N L"]) -> dict[str, float]:
         return {}

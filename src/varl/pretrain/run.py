@@ -27,6 +27,7 @@ from varl.models.raster import Raster
 from varl.policies.acting import CaptionEncoder
 from varl.pretrain.classifier import ClassifierPhase
 from varl.pretrain.data import Shown, pictures
+from varl.pretrain.infinity import BitsPhase, CorrectingPhase, InfinityFamily
 from varl.pretrain.masked import AutoencoderPhase, MaskedPhase
 from varl.pretrain.next_scale import NextScaleFamily
 from varl.pretrain.phase import Metrics, Phase
@@ -102,7 +103,7 @@ def start(config: PretrainConfig) -> OwnPair | tuple[Classifier]:
         return model_folder.fresh(config.model)
     pair = model_folder.load(model_folder.model_path(config.init))
     match pair:
-        case (NextScale() | Raster() | MAR() as model, _) if model.config == config.model:
+        case (NextScale() | Infinity() | Raster() | MAR() as model, _) if model.config == config.model:
             return pair
     raise ConfigError(f"init={config.init!r} holds a model of another config than `model`. Copy `model` from its config.yaml.")
 
@@ -120,8 +121,9 @@ def phases(
             family = RasterFamily(model, tokenizer, captions)
         case (Janus(), VQ()):
             raise ConfigError(f"init={config.init!r}: holds a Janus-Pro, which is not trained on here. Post-train it with `varl train`.")
-        case (Infinity(), BSQ()):
-            raise ConfigError("model: is an Infinity, which is not trained on here. Post-train a released one with `varl train`.")
+        case (Infinity() as model, BSQ() as bsq):
+            bits: list[Phase] = [BitsPhase(config, bsq, shown, device)] if config.trains_tokenizer else []
+            return [*bits, CorrectingPhase(config, InfinityFamily(model, bsq, captions), shown, device)]
         case (NOVA(), KL()):
             raise ConfigError(f"init={config.init!r}: holds a NOVA, which is not trained on here. Post-train it with `varl train`.")
         case (MAR() as model, KL() as kl):

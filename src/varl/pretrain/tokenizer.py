@@ -10,7 +10,7 @@ from varl.config import NextScaleConfig, OptimConfig, PretrainConfig, RasterConf
 from varl.errors import ConfigError
 from varl.pretrain.codebook import CodeAverages
 from varl.pretrain.data import Shown, batch_index, psnr, signed
-from varl.pretrain.family import Family
+from varl.pretrain.family import CodebookFamily
 from varl.pretrain.phase import Metrics, descend
 from varl.rng import generator
 from varl.train.optim import build_optimizer
@@ -22,7 +22,7 @@ CODEBOOK_PICTURES = 256
 class TokenizerPhase:
     stage = "tokenizer"
 
-    def __init__(self, config: PretrainConfig, family: Family, shown: Shown, device: torch.device) -> None:
+    def __init__(self, config: PretrainConfig, family: CodebookFamily, shown: Shown, device: torch.device) -> None:
         assert isinstance(config.model, NextScaleConfig | RasterConfig)
         self.config, self.family, self.images, self.device = config, family, shown.images, device
         self.vocab = config.model.tokenizer.vocab

@@ -1,19 +1,17 @@
 """A transformer from scratch, or trained on: cross-entropy of the pictures' own tokens."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Shaped, UInt8
 from torch import Tensor
 
 from varl.config import PretrainConfig
 from varl.pretrain.data import Shown, batch_index, signed
-from varl.pretrain.family import Family
+from varl.pretrain.family import Family, Fit
 from varl.pretrain.phase import Metrics, Stateless, descend
 from varl.rng import generator
 from varl.train.optim import build_optimizer
-from varl.types import Prompt
 
 
 class TransformerPhase(Stateless):
@@ -23,19 +21,20 @@ class TransformerPhase(Stateless):
         self.config, self.family, self.shown, self.device = config, family, shown, device
         self.steps, self.optim = config.steps, config.optim
         self.optimizer = build_optimizer(family.model, config.optim)
+        self.said, self.held_said = (family.read(prompts) for prompts in (shown.prompts, shown.held_prompts))
 
     def begin(self) -> None:
         self.family.tokenizer.requires_grad_(False)
-        self.known = known(self.family, self.shown.images, self.shown.prompts, self.device)
-        self.held = known(self.family, self.shown.held_images, self.shown.held_prompts, self.device)
+        self.known = known(self.family, self.shown.images, self.said, self.device)
+        self.held = known(self.family, self.shown.held_images, self.held_said, self.device)
 
     def step(self, step: int) -> Metrics:
         config = self.config
-        batch = batch_index(len(self.known.ids), config.batch, step, config.seed, "transformer")
+        batch = batch_index(len(self.known.kept), config.batch, step, config.seed, "transformer")
         said = self.known.said[batch]
         said = without_prompts(said, self.family.nothing(said), config, step)
         with precision(config, self.device):
-            losses, right = self.family.fit(said, self.known.ids[batch])
+            losses, right = self.fit(said, batch, step)
         loss = losses.mean()
         norm = descend(self, loss, self.family.model.parameters())
 
@@ -45,25 +44,29 @@ class TransformerPhase(Stateless):
 
         return metrics
 
+    def fit(self, said: Int[Tensor, "b ..."], batch: Int[Tensor, " b"], step: int) -> Fit:
+        """Of the pictures in those rows."""
+        return self.family.fit(said, self.known.kept[batch])
+
     @torch.no_grad()
     def _heldout(self) -> dict[str, float]:
-        pieces = zip(self.held.said.split(64), self.held.ids.split(64), strict=True)
-        losses = torch.cat([self.family.fit(said, ids)[0] for said, ids in pieces])
+        pieces = zip(self.held.said.split(64), self.held.kept.split(64), strict=True)
+        losses = torch.cat([self.family.fit(said, kept)[0] for said, kept in pieces])
         parts = {f"pretrain/heldout_loss_{name}": value for name, value in self.family.parts(losses).items()}
         return {"pretrain/heldout_loss": float(losses.mean()), **parts}
 
 
 class Known(NamedTuple):
-    """Pictures as their tokens, and what was said of them."""
+    """What is kept of pictures (`Family.keep`), and what was said of them."""
 
-    ids: Int[Tensor, "N L"]
+    kept: Shaped[Tensor, "N ..."]
     said: Int[Tensor, "N ..."]
 
 
 @torch.no_grad()
-def known(family: Family, images: UInt8[Tensor, "N 3 H W"], prompts: Sequence[Prompt], device: torch.device) -> Known:
-    ids = torch.cat([family.tokenizer.encode(signed(part, device)) for part in images.split(256)])
-    return Known(ids, family.read(prompts).to(device))
+def known(family: Family, images: UInt8[Tensor, "N 3 H W"], said: Int[Tensor, "N ..."], device: torch.device) -> Known:
+    kept = torch.cat([family.keep(signed(part, device)) for part in images.split(256)])
+    return Known(kept, said.to(device))
 
 
 def without_prompts(said: Int[Tensor, "b ..."], nothing: Int[Tensor, "..."], config: PretrainConfig, step: int) -> Int[Tensor, "b ..."]:

@@ -20,6 +20,8 @@ from varl.config import BSQConfig
 from varl.tokenizers.autoencoder import Decoder, Encoder
 
 Grid = tuple[int, int]
+Flip = Callable[[int], Bool[Tensor, "B n d"] | None]
+"""Which bits of a scale are turned round; None: none."""
 
 
 class BSQ(nn.Module):
@@ -47,9 +49,13 @@ class BSQ(nn.Module):
 
     # -- scale by scale ----------------------------------------------------------------------------------------------------------------
 
+    def spread(self, code: Float[Tensor, "B C _ _"]) -> Float[Tensor, "B C h w"]:
+        """A scale's code, resized to the full grid."""
+        return F.interpolate(code, size=self.maps[-1], mode="bilinear")
+
     def contribution(self, bits: Int[Tensor, "B n d"], scale: int) -> Float[Tensor, "B C h w"]:
         """What one scale's bits add to f_hat."""
-        return F.interpolate(self.codes(bits, scale), size=self.maps[-1], mode="bilinear")
+        return self.spread(self.codes(bits, scale))
 
     def next_input(self, f_hat: Float[Tensor, "B C h w"], scale: int) -> Float[Tensor, "B n d"]:
         """What the transformer sees at `scale`, given the sum of all coarser ones."""
@@ -59,17 +65,18 @@ class BSQ(nn.Module):
         """What is quantised; images in [-1, 1]."""
         return self.encoder(images)
 
-    def residual_bits(
-        self, f: Float[Tensor, "B C h w"], flip: Callable[[int], Bool[Tensor, "B n d"] | None] = lambda scale: None
-    ) -> tuple[Int[Tensor, "B L d"], list[Tensor]]:
+    def rest(self, f: Float[Tensor, "B C H W"], f_hat: Float[Tensor, "B C H W"], scale: int) -> Float[Tensor, "B C h w"]:
+        """What is left of the features for `scale` to say, given the sum of all coarser ones."""
+        rest = f - f_hat
+        return rest if scale == len(self.maps) - 1 else F.interpolate(rest, size=self.maps[scale], mode="area")
+
+    def residual_bits(self, f: Float[Tensor, "B C h w"], flip: Flip = lambda scale: None) -> tuple[Int[Tensor, "B L d"], list[Tensor]]:
         """Bits of all scales, and f_hat after each. `flip` says which bits of a scale enter f_hat the wrong way round, so that the finer
         scales, whose bits are those of what is then left, have errors to correct (bitwise self-correction, with which Infinity is
         trained)."""
         f_hat, parts, sums = torch.zeros_like(f), [], []
-        for scale, size in enumerate(self.maps):
-            rest = f - f_hat
-            rest = rest if scale == len(self.maps) - 1 else F.interpolate(rest, size=size, mode="area")
-            parts.append((self.tokens(rest) > 0).long())
+        for scale in range(len(self.maps)):
+            parts.append((self.tokens(self.rest(f, f_hat, scale)) > 0).long())
             wrong = flip(scale)
             f_hat = f_hat + self.contribution(parts[-1] if wrong is None else parts[-1] ^ wrong.long(), scale)
             sums.append(f_hat)
@@ -91,12 +98,12 @@ class BSQ(nn.Module):
 
     def inputs_of(self, sums: Sequence[Float[Tensor, "B C h w"]]) -> Float[Tensor, "B m d"]:
         """What the transformer sees of f_hat after each scale but the last."""
-        return torch.cat([self.next_input(f_hat, scale + 1) for scale, f_hat in enumerate(sums[:-1])], 1)
+        parts = [self.next_input(f_hat, scale + 1) for scale, f_hat in enumerate(sums[:-1])]
+        return torch.cat(parts, 1) if parts else sums[0].new_zeros(len(sums[0]), 0, self.config.bits)
 
     def inputs(self, bits: Int[Tensor, "B l d"]) -> Float[Tensor, "B m d"]:
         """Teacher-forcing inputs of scales 2 .. as many as `bits` holds: [B, l - 1, d]."""
-        sums = self.partial_sums(bits)
-        return self.inputs_of(sums) if len(sums) > 1 else sums[0].new_zeros(len(bits), 0, self.config.bits)
+        return self.inputs_of(self.partial_sums(bits))
 
     def f_hat(self, bits: Int[Tensor, "B L d"]) -> Float[Tensor, "B C h w"]:
         return self.partial_sums(bits)[-1]

@@ -68,6 +68,7 @@ METRICS = {
     "pretrain/psnr": "of reconstructed pictures, dB",
     "pretrain/latent_kl": "KL of the posterior to N(0, 1), nats per number of the latents",
     "pretrain/code_usage": "share of the codebook in use",
+    "pretrain/bit_usage": "entropy of how often each bit of a scale is 1, mean over bits and scales; 1 is half of the time",
     "pretrain/perplexity": "exp of the mean cross-entropy per token",
     "pretrain/accuracy": "share of tokens whose most probable value is the right one",
     "pretrain/*": "a further quantity of pre-training, in its own unit",
