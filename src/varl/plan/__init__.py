@@ -28,7 +28,7 @@ from varl.plan.denoising import (
     masked_pretraining_memory,
     masked_pretraining_updates,
 )
-from varl.plan.families import AnyFamily, MaskedFamily, as_family, family_of
+from varl.plan.families import AnyFamily, MaskedFamily, family_of, family_of_pair
 from varl.plan.missing import (
     attempt,
     check_objects,
@@ -97,7 +97,7 @@ def _of_run(config: RunConfig, calibrate: bool) -> Plan:
         )
     else:
         check_size(problems, config.data, model_config)
-    family = attempt(problems, as_family, pair, config.unmasking)
+    family = attempt(problems, family_of_pair, pair, config.unmasking, head_learns=trains_head(config.algorithm))
     if family is None or algorithm is None or (isinstance(algorithm, VARRL) and m is None):
         return Plan(problems=tuple(problems), warnings=tuple(warnings), rewards=said, layout=None if family is None else family.layout)
     if isinstance(family, MaskedFamily):

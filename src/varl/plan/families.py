@@ -221,6 +221,8 @@ class MaskedFamily:
             with torch.device("meta"):
                 self.given = model.condition(asked)
         self.moves, self.admissible = self.denoiser.moves, int(self.denoiser.admissible.sum())
+        self.condition, self.making = cache(self._condition), cache(self._making)
+        self.reading, self.moving = cache(self._reading), cache(self._moving)
         self.width = self._see(0).shape[-1]
         """E, of a token's latent."""
         self._counted = [cost(lambda n=n: self._see(n), self.model) for n in (0, 1, 2)]
@@ -229,15 +231,14 @@ class MaskedFamily:
     def steps(self) -> range:
         return range(self.layout.steps)
 
-    def condition(self) -> Cost:
+    def _condition(self) -> Cost:
         """What a prompt's pictures share."""
         return cost(lambda: self.model.condition(self.asked), self.model)
 
-    def making(self, *, learns: bool = False) -> float:
+    def _making(self, *, learns: bool = False) -> float:
         """Operations to make the chain anew, for any number of tokens; with its backward pass, if it learns."""
-        made = cost(lambda: self.model.denoiser(self.moves), self.model).flops
         if not learns:
-            return made
+            return cost(lambda: self.model.denoiser(self.moves), self.model).flops
         return self._move(lambda: self.model.denoiser(self.moves), learns).flops - self.moving(learns=True).flops
 
     def seeing(self, known: int) -> Cost:
@@ -249,13 +250,13 @@ class MaskedFamily:
 
         return Cost(flops=at([c.flops for c in self._counted]), saved=round(at([float(c.saved) for c in self._counted])))
 
-    def reading(self, *, learns: bool | None = None) -> Cost:
+    def _reading(self, *, learns: bool | None = None) -> Cost:
         """The head's own reading of a token's latent, once for its chain; with its backward pass to the latent, and if it `learns` to its
         weights."""
         z = torch.empty(1, self.width, device="meta", requires_grad=True)
         return self._with_backward(self.denoiser.read, z, learns)
 
-    def moving(self, *, learns: bool | None = None) -> Cost:
+    def _moving(self, *, learns: bool | None = None) -> Cost:
         """One move of one token; with its backward pass as in `reading`."""
         return self._move(lambda: self.denoiser, learns)
 
@@ -288,8 +289,20 @@ def without_memory(config: ModelConfig) -> OwnPair:
 
 
 @lru_cache(maxsize=8)
-def family_of(config: ModelConfig, unmasking: UnmaskingConfig | None = None) -> AnyFamily:
-    return as_family(without_memory(config), unmasking)
+def family_of(config: ModelConfig, unmasking: UnmaskingConfig | None = None, *, head_learns: bool = True) -> AnyFamily:
+    """Of a model of ours; `head_learns` is of masked models alone."""
+    pair = without_memory(config)
+    if isinstance(pair[0], MAR | NOVA):
+        pair[0].head.requires_grad_(head_learns)
+    return as_family(pair, unmasking)
+
+
+def family_of_pair(pair: Pair, unmasking: UnmaskingConfig | None, *, head_learns: bool) -> AnyFamily:
+    """`family_of` its config; of a model whose config does not tell its language model, what is counted is counted on the pair itself."""
+    config = pair[0].config
+    if isinstance(config, HarmonConfig | JanusConfig):
+        return as_family(pair, unmasking)
+    return family_of(config, unmasking, head_learns=head_learns)
 
 
 def as_family(pair: Pair, unmasking: UnmaskingConfig | None = None) -> AnyFamily:
@@ -302,10 +315,12 @@ def as_family(pair: Pair, unmasking: UnmaskingConfig | None = None) -> AnyFamily
         case (MAR() as model, KL() as tokenizer):
             return MaskedFamily(model, tokenizer, unmasking or UnmaskingConfig(), torch.zeros(1, dtype=torch.long, device="meta"))
         case (NOVA() as model, KL() as tokenizer):
-            caption = torch.empty(CAPTION, model.config.captions.width, device="meta")
+            captions = model.config.captions
+            caption = torch.empty(min(CAPTION, captions.tokens), captions.width, device="meta")
             return MaskedFamily(model, tokenizer, unmasking or UnmaskingConfig(), [caption])
         case (Harmon() as model, KL() as tokenizer):
-            return MaskedFamily(model, tokenizer, unmasking or UnmaskingConfig(), [torch.zeros(CAPTION, dtype=torch.long, device="meta")])
+            caption = torch.zeros(min(CAPTION, model.longest), dtype=torch.long, device="meta")
+            return MaskedFamily(model, tokenizer, unmasking or UnmaskingConfig(), [caption])
     assert_never(pair)
 
 
