@@ -96,6 +96,7 @@ GOOD = pack({"value": np.zeros(2, "<f4")}, {})
         GOOD.replace(b"[2]", b"[3]"),
         GOOD.replace(b"__metadata__", b"__metabeta__"),
         GOOD.replace(b'"{}"', b'"[]"'),
+        GOOD.replace(b"[0, 8]", b"[1" + b"0" * 30 + b", 1" + b"0" * 30 + b"]").replace(GOOD[:8], (len(GOOD) + 42).to_bytes(8, "little")),
         b"\xff" * 64,
     ],
     ids=lambda data: repr(data[:12]),
@@ -186,6 +187,32 @@ def test_the_wrong_number_of_values_fails_the_call(capsys):
     same(torch.from_numpy(arrays["value"]), [NAN] * 3)
     assert said["status"] == ["ValueError: value is [1], and there are 3 pictures"] * 3
     assert "ValueError" in capsys.readouterr().err
+
+
+def test_a_call_that_fails_leaves_what_the_others_read():
+    def reader(images, prompts):
+        if prompts[0].text == "two words":
+            raise ZeroDivisionError
+        seen = [SimpleNamespace(text=prompts[0].text, confidence=1.0, box=[0, 0, 1, 1])]
+        return SimpleNamespace(value=[1.0], found=[seen] if prompts[0].text else None)
+
+    with listening(plain(reader), batch=1) as service:
+        told = ServedReward(ServedRewardConfig(url=service.url, retries=0))(IMAGES, PROMPTS)
+    same(told.value, [1.0, NAN, 1.0])
+    assert [[piece.text for piece in row] for row in told.found] == [["one"], [], []]
+
+
+def test_regions_of_another_shape_fail_the_call(capsys):
+    arrays, said, _ = answered(plain(lambda images, prompts: SimpleNamespace(value=[1.0] * 3, region_value=[1.0] * 3)))
+    assert arrays.keys() == {"value"}
+    assert said["status"] == ["ValueError: region_value is [3], and there are 3 pictures"] * 3
+    assert "ValueError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["soon", None, float("inf"), NAN], ids=str)
+def test_a_time_that_is_none_is_refused(seconds):
+    with Service("here", "127.0.0.1", 0) as service, pytest.raises(ValueError, match="must be a number"):
+        service.answer(request(seconds=seconds), time.monotonic())
 
 
 def test_what_nobody_waits_for_any_more_is_not_judged():
@@ -345,6 +372,8 @@ def test_a_fault_costs_the_pictures_that_it_touches(service, caplog, mood, want,
     same(told.value, want)
     assert says in caplog.text
     assert bool(caplog.text) is bool(says)
+    if told.found is not None and mood != "nan":
+        assert [bool(row) for row in told.found] == (~told.value.isnan()).tolist(), "what was read in another picture is not shown"
     if told.region_value is not None:
         assert torch.equal(told.region_value.isnan().all(1), told.value.isnan())
 

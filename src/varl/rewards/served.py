@@ -108,10 +108,13 @@ class ServedReward:
             raise ValueError(f"answer of shapes {shapes} to {count} pictures")
         if not isinstance(answered, list) or len(answered) != count:
             raise ValueError(f"answer that does not name its {count} pictures")
+        status = said.get("status") or []
+        if not isinstance(status, list):
+            raise ValueError(f"answer whose status is {status!r}")
         strange = torch.tensor([mine != theirs for mine, theirs in zip(ids, answered, strict=True)])
         if strange.any():
             log.warning("reward service %s: %d of %d answers are for other pictures", self.config.url, int(strange.sum()), count)
-        if reasons := [why for why in said.get("status") or () if why]:
+        if reasons := [why for why in status if why]:
             log.warning("reward service %s: %d of %d pictures failed: %s", self.config.url, len(reasons), count, reasons[0])
         tensors = {name: torch.from_numpy(array).masked_fill(_over(strange, array.ndim), torch.nan) for name, array in arrays.items()}
         return Judgement(
@@ -119,7 +122,7 @@ class ServedReward:
             parts={name.removeprefix("parts/"): tensor for name, tensor in tensors.items() if name.startswith("parts/")},
             region_value=tensors.get("region_value"),
             region_box=tensors.get("region_box"),
-            found=_found(said["found"], count) if said.get("found") else None,
+            found=_found(said["found"], strange.tolist()) if said.get("found") else None,
         )
 
 
@@ -127,7 +130,9 @@ def _over(rows: Tensor, axes: int) -> Tensor:
     return rows.reshape(-1, *[1] * (axes - 1))
 
 
-def _found(rows: Any, count: int) -> tuple[tuple[Found, ...], ...]:
+def _found(rows: Any, strange: Sequence[bool]) -> tuple[tuple[Found, ...], ...]:
+    """What was read in each picture; nothing where the answer is for another."""
+
     def piece(text: Any, confidence: Any, box: Any) -> Found:
         x0, y0, x1, y1 = map(float, box)
         return Found(text=str(text), confidence=float(confidence), box=(x0, y0, x1, y1))
@@ -136,9 +141,9 @@ def _found(rows: Any, count: int) -> tuple[tuple[Found, ...], ...]:
         found = tuple(tuple(piece(*said) for said in row) for row in rows)
     except (TypeError, ValueError) as error:
         raise ValueError(f"`found` is not what was read ({error})") from error
-    if len(found) != count:
-        raise ValueError(f"`found` in {len(found)} of {count} pictures")
-    return found
+    if len(found) != len(strange):
+        raise ValueError(f"`found` in {len(found)} of {len(strange)} pictures")
+    return tuple(() if other else row for row, other in zip(found, strange, strict=True))
 
 
 def _error(answer: bytearray) -> str:

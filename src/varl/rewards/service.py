@@ -50,6 +50,9 @@ GREY = {
 }
 """What the grey picture of the warm-up is asked for."""
 
+AXES = {"region_value": 2, "region_box": 3}
+"""Of an answer's arrays; the others have one, the pictures."""
+
 Arrays = dict[str, np.ndarray]
 Scorer = Callable[[np.ndarray, list[dict[str, Any]]], Any]
 """Pictures [B, 3, H, W] and prompts in; out what `columns` understands."""
@@ -82,7 +85,7 @@ def unpack(data: bytearray) -> tuple[Arrays, dict[str, Any]]:
             if entry["dtype"] != "F32" or not 0 <= start <= end:
                 raise ValueError(f"{name}: not fp32")
             arrays[name] = np.frombuffer(data, "<f4", (end - start) // 4, first + start).reshape(entry["shape"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{len(data)} bytes that are not what is spoken here ({type(error).__name__}: {error})") from error
     if not isinstance(said, dict):
         raise ValueError("its metadata is no mapping")
@@ -175,38 +178,42 @@ class Service(ThreadingHTTPServer):
     def answer(self, data: bytearray, arrived: float) -> bytes:
         """To a request that `arrived` (time.monotonic). ValueError: no request; TimeoutError: the asker does not wait any more."""
         arrays, said = unpack(data)
-        images, prompts, seconds = arrays.get("images"), said.get("prompts"), said.get("seconds")
+        images, prompts, seconds = arrays.get("images"), said.get("prompts"), said.get("seconds", 0)
         if images is None or images.ndim != 4 or images.shape[1] != 3 or not isinstance(prompts, list) or len(prompts) != len(images):
             raise ValueError("must hold `images` [B, 3, H, W] and B prompts")
+        if not isinstance(seconds, int | float) or not math.isfinite(seconds):
+            raise ValueError(f"seconds={seconds!r}: must be a number")
         ids = [address(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
-        if not self._turn.acquire(timeout=max(arrived + float(seconds or 0) - time.monotonic(), 0)):
+        left = min(max(arrived + seconds - time.monotonic(), 0), threading.TIMEOUT_MAX)
+        if not self._turn.acquire(timeout=left):
             raise TimeoutError("its turn did not come in time")
         try:
             size = self.batch or len(images)
             pieces = [self._judge(images[i : i + size], prompts[i : i + size]) for i in range(0, len(images), size)]
+            status = [why for _, reasons, _ in pieces for why in reasons]
+            self.judged += len(images)
+            self.failed += sum(map(bool, status))
         finally:
             self._turn.release()
         names = dict.fromkeys(name for piece, _, _ in pieces for name in piece)
-        depth = {"region_value": 2, "region_box": 3}
         table = {}
         for name in names:
-            empty = [np.full((len(piece["value"]), *[0] * (depth.get(name, 1) - 1)), np.nan, "<f4") for piece, _, _ in pieces]
+            empty = [np.full((len(piece["value"]), *[0] * (AXES.get(name, 1) - 1)), np.nan, "<f4") for piece, _, _ in pieces]
             table[name] = _stacked([piece.get(name, none) for (piece, _, _), none in zip(pieces, empty, strict=True)])
-        status = [why for _, reasons, _ in pieces for why in reasons]
-        found = [row for _, _, rows in pieces for row in rows] if any(rows for _, _, rows in pieces) else None
-        self.judged += len(images)
-        self.failed += sum(map(bool, status))
+        found = (
+            [row for piece, _, rows in pieces for row in rows or [[]] * len(piece["value"])] if any(rows for _, _, rows in pieces) else None
+        )
         return pack(table, {"ids": ids, "status": status, "found": found})
 
     def _judge(self, images: np.ndarray, prompts: list[dict[str, Any]]) -> tuple[Arrays, list[str], list[Any]]:
-        """(arrays, status, found) of pictures that are judged together."""
+        """(arrays, status, found, which may be empty) of pictures that are judged together."""
         assert self.scorer is not None
         count = len(prompts)
         try:
             told = self.scorer(images, prompts)
             arrays = columns(told)
             for name, array in arrays.items():
-                if array.shape[:1] != (count,) or (not name.startswith("region") and array.ndim != 1):
+                if array.shape[:1] != (count,) or array.ndim != AXES.get(name, 1):
                     raise ValueError(f"{name} is {list(array.shape)}, and there are {count} pictures")
         except self.mistakes:
             raise
