@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
 
@@ -139,7 +139,7 @@ class ReaderPool:
                     self._threads.submit(self._drain, partial(self._there, k), chunks, size, images, boxes, results)
                     for k in range(len(self._workers))
                 ]
-                for task in tasks:
+                for task in wait(tasks).done:  # one that fails must not leave the others at work for the next call
                     task.result()
             return results
 
