@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from varl.algorithms.mar_grpo import MARGRPO, narrowed
 from varl.config import DiffusionHeadConfig, GRPOConfig, KLConfig, LawConfig, MARConfig, MARGRPOConfig, UnmaskingConfig, ViTConfig
-from varl.errors import ConfigError, DataError
+from varl.errors import ConfigError, DataError, NumericsError
 from varl.models.diffusion_head import log_density
 from varl.models.mar import MAR
 from varl.policies.masked import Latents, MaskedPolicy, settled_at, with_derivative
@@ -401,6 +401,40 @@ def test_previews_keep_what_the_step_settled_and_draw_what_it_did_not():
 # ---- with the algorithm
 
 
+@pytest.mark.parametrize("trajectories", ["precision_weight", "include_primary"])
+@pytest.mark.parametrize("ar_steps", [0, 2])
+def test_panw_over_the_steps_weighs_the_gradient_of_each(trajectories, ar_steps):
+    """Steps of 1, 2 and 3 tokens: with alpha, the gradient is that without it where the tokens of each trained step count n^-alpha, in
+    such a unit that a picture's trained tokens weigh as much together as before."""
+    exponent = 0.7
+    grpo = GRPOConfig(num_generations=4, rollouts_per_chunk=16, beta=0.1)
+    config = MARGRPOConfig(grpo=grpo, num_trajectories=2, ar_steps=ar_steps, denoise_moves=3, trajectories=trajectories)
+
+    def gradient(alpha: float, factor: bool) -> list[torch.Tensor]:
+        policy = make(target="velocity")
+        policy.reference = make(seed=1, target="velocity").module
+        algorithm = MARGRPO(replace(config, grpo=replace(grpo, panw_alpha=alpha)))
+        judge = RewardJudge({"red": (1.0, lambda images, prompts: images[:, 0].mean((1, 2)))})
+        (batch,) = algorithm.collect(policy, PROMPTS, judge, stream(4), 0)
+        judge.close()
+        if factor:
+            rows = 1 + 2 * (trajectories == "include_primary")
+            scale = torch.zeros_like(batch.weight)
+            for row, (step, sampled) in enumerate(zip(batch.rollout.step[::rows], batch.rollout.sampled[::rows], strict=True)):
+                sizes = {i: int((sampled & (step == i)).sum()) for i in range(3)}
+                assert sorted(n for n in sizes.values() if n) == [i + 1 for i in range(3) if sizes[i]]
+                unit = sum(sizes.values()) / sum(n * n**-exponent for n in sizes.values() if n)
+                each = torch.tensor([unit * max(sizes[i], 1) ** -exponent for i in range(3)])[step]
+                scale[row * rows : (row + 1) * rows] = each
+            batch = replace(batch, weight=batch.weight * scale, kl_weight=batch.kl_weight * scale)
+        algorithm.objective(policy, batch)[0].backward()
+        return [p.grad for p in policy.module.parameters() if p.grad is not None]
+
+    got, want, plain = gradient(exponent, False), gradient(0.0, True), gradient(0.0, False)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+    assert any((a - b).abs().max() > 0.01 * b.abs().max() for a, b in zip(got, plain, strict=True))
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -462,6 +496,15 @@ def test_steps_that_cannot_be():
 def test_labels_that_are_none():
     with pytest.raises(DataError, match="prompt label 4: the model knows classes 0 to 3"):
         make().rollout([Prompt(label=4)], stream(1))
+
+
+def test_latents_that_are_no_numbers():
+    policy = make()
+    with torch.no_grad():
+        policy.module.class_emb.weight[3] = torch.inf
+    policy.rollout(PROMPTS[:1], stream(1))
+    with pytest.raises(NumericsError, match="1 of 4 pictures hold latents that are infinite or no numbers, the first from step 0"):
+        policy.rollout(PROMPTS, stream(4))
 
 
 def test_a_rollout_of_another_family():

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from varl.config import LawConfig, UnmaskingConfig
-from varl.errors import ConfigError
+from varl.errors import ConfigError, NumericsError
 from varl.models.diffusion_head import gaussian_kl, log_density
 from varl.models.mar import known
 from varl.models.masked import Denoiser, MaskedModel
@@ -47,6 +47,16 @@ def with_derivative(value: Float[Tensor, " R"], *by: tuple[Float[Tensor, "R E"],
 def gaussian_entropy(log_std: Float[Tensor, "*B d"]) -> Float[Tensor, "*B d"]:
     """Of N(., exp(log_std)^2), in nats: log_std + log(2 pi e) / 2."""
     return log_std + 0.5 * math.log(2 * math.pi * math.e)
+
+
+def require_finite(tokens: Float[Tensor, "B L d"], step: Int[Tensor, "B L"]) -> None:
+    """NumericsError for tokens that are no finite numbers; `step` settled each."""
+    lost = ~tokens.isfinite().all(-1)
+    if lost.any():
+        raise NumericsError(
+            f"rollout: {int(lost.any(1).sum())} of {len(lost)} pictures hold latents that are infinite or no numbers, the first from step "
+            f"{int(step[lost].min())}. The weights are damaged, or cfg_scale, temperature or train.optim.lr is too large."
+        )
 
 
 # ---- chains ---------------------------------------------------------------------------------------------------------------------------
@@ -299,7 +309,7 @@ class MaskedPolicy(ActingPolicy):
     @torch.no_grad()
     def rollout(self, prompts: Sequence[Prompt], rng: Stream) -> Rollout:
         """Pictures in orders from the addresses (..., "order", row) and with noise from (..., "path", row). `state` holds the latents, from
-        which `redraw` goes on."""
+        which `redraw` goes on. Raises NumericsError for latents that are no numbers."""
         step = settled_at(rng.at("order").uniform(self.layout.tokens), self.counts).to(self.device)
         heads, (condition, rows) = self._heads(), self._condition(self.module, prompts)
         noise = self._noise(rng, heads[0].denoiser.moves)
@@ -313,6 +323,7 @@ class MaskedPolicy(ActingPolicy):
             own = own or [torch.empty_like(part) for part in z.parts]
             for part, latest in zip(own, z.parts, strict=True):
                 part[now] = latest[now]
+        require_finite(path[:, :, -1], step)
         assert own is not None
         state = Latents(asked=own[0], nothing=own[1] if len(own) > 1 else None)
         return self._record(prompts, rng, path, every, step, torch.ones_like(step, dtype=torch.bool), heads[0].denoiser, state=state)
