@@ -44,8 +44,9 @@ def test_tokens_are_scaled_and_come_row_by_row():
 def test_the_released_scale():
     assert KLConfig().scale == 0.2325
     assert KLConfig().stride == 16
-    with pytest.raises(ConfigError, match=r"scale=0\.0: must be above 0"):
-        KLConfig(scale=0.0)
+    for scale in (0.0, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match=rf"scale={scale}: must be above 0 and finite"):
+            KLConfig(scale=scale)
 
 
 def test_log_variances_are_clamped():

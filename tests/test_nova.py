@@ -475,6 +475,7 @@ def test_a_model_folder_gives_back_what_was_saved(tmp_path):
         (lambda nova, vae: (vae.clear(), vae.update(nova)), {}, "no weights of a KL autoencoder"),
         (lambda nova, vae: vae.update({"post_quant_conv.weight": torch.zeros(4, 4, 1, 1)}), {}, "cells of 3 channels, .* have 4"),
         (None, {"transformer": {"image_base_size": None}}, "does not tell image_base_size"),
+        (None, {"transformer": {"image_base_size": 4}}, r"image_base_size=4 and video_base_size=\[1, 2, 3\]: must be"),
         (None, {"transformer": {"image_base_size": [4, 4]}}, r"4 x 4 tokens and a prefix of \[2, 3\] places"),
         (None, {"transformer": {"rotary_pos_embed": True}}, "rotary_pos_embed=True, and the file holds `video_pos_embed`"),
         (None, {"transformer": {"video_mixer_rank": 24}}, "video_mixer_rank=24"),

@@ -334,8 +334,8 @@ class KLConfig:
     """Cells per token and side: NOVA's 2 makes a token of 2 x 2 vectors, one after the other."""
 
     def __post_init__(self) -> None:
-        if not self.scale > 0:
-            raise ConfigError(f"tokenizer.scale={self.scale}: must be above 0, 1 / the standard deviation of the latents or so.")
+        if not 0 < self.scale < math.inf:
+            raise ConfigError(f"tokenizer.scale={self.scale}: must be above 0 and finite, 1 / the standard deviation of the latents or so.")
         _demand("tokenizer.fold", self.fold, self.fold >= 1, "1 or more")
 
     @property

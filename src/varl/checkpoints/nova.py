@@ -96,7 +96,13 @@ def transformer_config(
         raise CheckpointError(
             f"{where} draws cells of {channels} channels, the autoencoder's have {tokenizer.channels}. Give the one it was trained with."
         )
-    (h, w), (_, *places) = told["image_base_size"], told["video_base_size"]
+    sizes = [told["image_base_size"], told["video_base_size"]]
+    if [len(size) if isinstance(size, list) else 0 for size in sizes] != [2, 3]:
+        raise CheckpointError(
+            f"{where}: config.json tells image_base_size={sizes[0]} and video_base_size={sizes[1]}: must be [h, w] and [frames, h, w] in "
+            "tokens. Copy the folder again."
+        )
+    (h, w), (_, *places) = sizes
     if [2 * side for side in places] != [h, w]:
         raise CheckpointError(
             f"{where}: a picture of {h} x {w} tokens and a prefix of {places} places; here it has one for every 2 x 2 tokens."
