@@ -179,7 +179,7 @@ CORNER = """
 import os, signal, sys, time
 
 class Corner:
-    'Reads a picture by its first pixel. 66 hangs, 67 kills itself, 68 raises, 69 says whether torch was imported, 70 is three words.'
+    'By the first pixel. 65 takes half a second, 66 hangs, 67 kills itself, 68 raises, 69 says if torch was imported, 70 is three words.'
 
     def __init__(self, letters):
         pass
@@ -193,8 +193,8 @@ class Corner:
         return [self.one(value)]
 
     def one(self, value):
-        if value == 66:
-            time.sleep(600)
+        if value in (65, 66):
+            time.sleep(600 if value == 66 else 0.5)
         if value == 67:
             os.kill(os.getpid(), signal.SIGKILL)
         if value == 68:
@@ -292,6 +292,15 @@ def test_a_replacement_that_is_slow_to_start_costs_pictures_and_not_the_run(corn
         pytest.raises(RewardError, match="did not answer in time before it was ready"),
     ):
         pool.read(*numbered([1]))
+
+
+def test_a_pool_that_gives_up_leaves_none_at_work(corner):
+    with ReaderPool(corner, workers=2, timeout=20.0) as pool:
+        os.kill(pool.pids[0], signal.SIGKILL)
+        start = time.monotonic()
+        with pytest.raises(RewardError, match="died before it was ready"):
+            pool.read(*numbered([65, 65]))
+        assert time.monotonic() - start > 0.5, "the other has read to the end"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
