@@ -272,7 +272,8 @@ def demand_texts(place: str, config: RewardConfig, prompts: Sequence[Prompt]) ->
     mute = [prompt for prompt in prompts if not prompt.text.strip()]
     if mute and isinstance(config, TextRewardConfig):
         raise ConfigError(
-            f"{place}: {len(mute)} of {len(prompts)} prompts have no text to compare with. Give every prompt a `text`, or use another reward."
+            f"{place}: {len(mute)} of {len(prompts)} prompts have no text to compare with. Give every prompt a `text`, or use another "
+            "reward."
         )
 
 

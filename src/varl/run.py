@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -173,6 +173,7 @@ def watched(config: RunConfig) -> dict[str, float]:
 # ---- saving and going on ----------------------------------------------------------------------------------------------------------------
 
 
+@runtime_checkable
 class Learner(Protocol):
     """What learns from the metrics of every step, and may add to them."""
 
