@@ -18,7 +18,7 @@ from varl.errors import ConfigError
 from varl.rewards.groups import Groupwise, Watched, background_edges, edge_density, pixel_diversity
 from varl.rewards.judge import RewardJudge, judge_now
 from varl.rng import Stream
-from varl.types import GroupRewardFn, Judgement, Prompt, Region, RewardFn, groups
+from varl.types import GroupRewardFn, Judgement, Prompt, Region, groups
 
 ONE, TWO = Prompt(label=0), Prompt(label=1)
 NAN = math.nan
@@ -53,7 +53,6 @@ def test_a_groupwise_reward_sees_one_group_at_a_time():
     images, prompts = flat(0.1, 0.4, 0.9, 0.2, 0.3, 0.0), [ONE] * 6
     reward = Groupwise(rank)
     assert isinstance(reward, GroupRewardFn)
-    assert isinstance(reward, RewardFn)
     same(judge_now(reward, images, prompts, 2).value, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0)
     same(judge_now(reward, images, prompts, 3).value, 0.0, 1.0, 2.0, 1.0, 2.0, 0.0)
     same(judge_now(reward, images, prompts).value, 1.0, 4.0, 5.0, 2.0, 3.0, 0.0)
@@ -70,7 +69,7 @@ def test_the_config_makes_a_callable_groupwise():
 
 def test_a_groupwise_reward_is_not_served():
     rewards = {"rank": WeightedReward(reward=PythonRewardConfig(target="test_groups:rank", groupwise=True))}
-    with pytest.raises(ConfigError, match=r"rewards\.rank: compares the pictures of a group, of which a service is not told"):
+    with pytest.raises(ConfigError, match=r"rewards\.rank: compares the pictures of a group, and a service is not told"):
         build_served(RunConfig(model="none", rewards=rewards), "rank")
 
 
@@ -182,9 +181,8 @@ def test_edges_in_a_box_and_of_a_box_do_not_count():
     box = (0.25, 0.25, 0.75, 0.75)
     assert edge_density(picture, [()]).item() > 0.1
     same(edge_density(picture, [[box]]), 0.0)
-    picture[:, :, 7, 7] = 1.0  # seen from above and from the left
-    counted = 49 - 25 + 1  # places of which a neighbour is in the box are 16 + 4 + 4, and one of them has two
-    same(edge_density(picture, [[box]]), 2 / (counted - 0))
+    picture[:, :, 6, 6] = 1.0  # seen from its left, from above and from itself
+    same(edge_density(picture, [[box]]), 3 / (49 - 16 - 4 - 4))  # 16 places lie in the box, 4 left of it, 4 above
     assert edge_density(picture, [[(0.0, 0.0, 1.0, 1.0)]]).isnan().all()
     prompts = [Prompt(text="A", regions=(Region(text="A", box=box),)), Prompt(text="A", regions=(Region(text="A"),))]
     both = picture.repeat(2, 1, 1, 1)
