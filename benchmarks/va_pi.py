@@ -69,9 +69,9 @@ class Now:
 
     reward: RewardFn
 
-    def submit(self, images: Tensor, prompts: Sequence[Prompt]) -> "Future[Judgement]":
+    def submit(self, images: Tensor, prompts: Sequence[Prompt], group: int | None = None) -> "Future[Judgement]":
         future: Future[Judgement] = Future()
-        future.set_result(judge_now(self.reward, images, prompts))
+        future.set_result(judge_now(self.reward, images, prompts, group))
         return future
 
 

@@ -124,7 +124,7 @@ class InstantJudge:
     def __init__(self, reward: RewardFn, listener: Callable[[str], None] = lambda event: None) -> None:
         self.reward, self.listener, self.asked = reward, listener, 0
 
-    def submit(self, images: Tensor, prompts: Sequence[Prompt]) -> "Future[Judgement]":
+    def submit(self, images: Tensor, prompts: Sequence[Prompt], group: int | None = None) -> "Future[Judgement]":
         self.listener("submit")
         self.asked += len(prompts)
         value = self.reward(images, prompts)

@@ -153,6 +153,21 @@ def test_a_text_is_encoded_once(folder, monkeypatch):
     assert "l" in clip._texts
 
 
+@pytest.mark.parametrize("kind", ["clip_score", "pick_score", "hps"])
+def test_every_reward_of_texts_encodes_each_prompt_once(kind, folder, released):
+    """Counted where the text goes through the network, over chunks of repeated prompts."""
+    configs = {
+        "clip_score": CLIPScoreConfig(model=str(folder)),
+        "pick_score": PickScoreConfig(model=str(folder), processor=str(folder)),
+        "hps": hps(released),
+    }
+    reward, passes = build_reward(configs[kind]), []
+    reward.clip.model.text_model.register_forward_hook(lambda *told: passes.append(1))
+    for chunk in (PROMPTS[:2] * 4, PROMPTS, PROMPTS[::-1], [Prompt(text="z", label=1)]):
+        reward(IMAGES[:1].expand(len(chunk), -1, -1, -1), chunk)
+    assert len(passes) == len({prompt.text for prompt in PROMPTS}) == 4
+
+
 def test_what_is_too_long_is_cut_off(folder):
     clip = load_clip(files_of(CLIPScoreConfig(model=str(folder))))
     long, longer = clip.encode_texts(["a b c d e f g", "a b c d e f g h i"])

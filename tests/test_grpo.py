@@ -224,7 +224,7 @@ def test_one_chunk_is_drawn_while_another_is_judged():
             yield i, rollout
 
     items = []
-    for item, _ in judged(policy, InstantJudge(brightness, events.append), draw()):
+    for item, _ in judged(policy, InstantJudge(brightness, events.append), draw(), 1):
         events.append("train")
         items.append(item)
     assert items == [0, 1, 2]

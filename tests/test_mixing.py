@@ -8,7 +8,7 @@ import torch
 from tabular import TabularPolicy
 from varl.algorithms.advantages import group_advantages
 from varl.algorithms.mixing import standardised
-from varl.build import build_judge
+from varl.build import build_judge, build_mixing
 from varl.config import GRPOConfig, PythonRewardConfig, RunConfig, WeightedReward
 from varl.rewards.judge import RewardJudge
 from varl.rng import Stream
@@ -49,9 +49,19 @@ def test_regions_keep_summing_to_the_value():
 SMALL, LARGE = [0.0, 1.0, 0.0, 1.0], [300.0, 100.0, 100.0, 300.0]
 
 
-def judged(prepare, *weights):
+def run_of(how):
+    """A run with the reward of pixels `bright`, summed as `how` says."""
+    return RunConfig(
+        model="none",
+        rewards={"bright": WeightedReward(reward=PythonRewardConfig(target="varl.rewards.toy:brightness"))},
+        algorithm=GRPOConfig(num_generations=4, multi_objective_aggregation=how),
+    )
+
+
+def judged(how, *weights):
     values = iter((SMALL, LARGE))
-    judge = RewardJudge({name: (w, lambda i, p, v=next(values): torch.tensor(v)) for name, w in zip("ab", weights, strict=True)}, prepare)
+    parts = {name: (w, lambda i, p, v=next(values): torch.tensor(v)) for name, w in zip("ab", weights, strict=True)}
+    judge = RewardJudge(parts, build_mixing(run_of(how)))
     answer = judge.submit(torch.zeros(4, 3, 2, 2), [ONE] * 4).result()
     judge.close()
     return answer
@@ -59,7 +69,7 @@ def judged(prepare, *weights):
 
 def test_by_sum_the_larger_units_rule_and_by_deviations_the_weights():
     """Picture 1 is best by a and worst by b. Summed as they are b decides; in deviations equal weights leave pictures 0 and 1 alike."""
-    summed, mixed = judged(None, 1.0, 1.0), judged(standardised, 1.0, 1.0)
+    summed, mixed = judged("sum_then_normalize", 1.0, 1.0), judged("normalize_then_sum", 1.0, 1.0)
     same(summed.value, 300.0, 101.0, 100.0, 301.0)
     deviation = math.sqrt(4 * 0.25 / 3)
     same(mixed.value - mixed.value.mean(), 0.0, 0.0, -1 / deviation, 1 / deviation)
@@ -67,7 +77,7 @@ def test_by_sum_the_larger_units_rule_and_by_deviations_the_weights():
     for answer in (summed, mixed):
         assert answer.parts["a"].tolist() == SMALL
         assert answer.parts["b"].tolist() == LARGE
-    weighed = judged(standardised, 3.0, 1.0).value
+    weighed = judged("normalize_then_sum", 3.0, 1.0).value
     same(weighed - weighed.mean(), *(torch.tensor([-2.0, 2.0, -4.0, 4.0]) * 0.5 / deviation).tolist())
 
 
@@ -86,16 +96,11 @@ def test_one_reward_alone_teaches_the_same_either_way():
     torch.testing.assert_close(group_advantages(mixed), group_advantages(value), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("how", "alike"), [("sum_then_normalize", True), ("normalize_then_sum", False)])
+@pytest.mark.parametrize(("how", "alike"), [("sum_then_normalize", True), ("normalize_then_sum", False), ("running_scale", False)])
 def test_the_config_chooses(how, alike):
-    config = RunConfig(
-        model="none",
-        rewards={"bright": WeightedReward(reward=PythonRewardConfig(target="varl.rewards.toy:brightness"))},
-        algorithm=GRPOConfig(num_generations=4, multi_objective_aggregation=how),
-    )
     policy = TabularPolicy(vocab=3)
     images = policy.decode(policy.rollout([ONE] * 4, Stream(seed=0, path=("draw",), rows=(0, 1, 2, 3))))
-    judge = build_judge(config, None)
+    judge = build_judge(run_of(how), None)
     answer = judge.submit(images, [ONE] * 4).result()
     judge.close()
     assert torch.equal(answer.value, answer.parts["bright"]) is alike

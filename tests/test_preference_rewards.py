@@ -526,9 +526,9 @@ def test_a_prompt_without_text(judge, processor, blip, bert):
     texts = (CLIPScoreConfig(), PickScoreConfig(), HPSConfig(), ImageRewardConfig(), HPSv3Config(template="t"))
     for config in texts:
         with pytest.raises(ConfigError, match=r"rewards\.mine: 2 of 3 prompts have no text to compare with\."):
-            demand_texts("mine", config, prompts)
-        demand_texts("mine", config, prompts[:1])
-    demand_texts("mine", AestheticConfig(head="h"), prompts)
+            demand_texts("rewards.mine", config, prompts)
+        demand_texts("rewards.mine", config, prompts[:1])
+    demand_texts("rewards.mine", AestheticConfig(head="h"), prompts)
 
 
 def test_a_run_is_refused_before_its_model_is_opened(tmp_path, blip, bert):

@@ -73,6 +73,7 @@ def metric_line(step: int, steps: int, rng: random.Random) -> dict:
         "sampling/sampling_logp_difference/mean": abs(rng.gauss(4e-7, 1e-7)),
         "sampling/law_difference/mean": 0.4 + rng.gauss(0, 0.02),
         "mask_occupancy": 0.62 + rng.gauss(0, 0.02),
+        "monitor/background_edges": 0.3 - 0.2 * t,
         "lr": 1e-4 * (1 - t),
         "reward_calls": 256 * step,
         "images_per_second": 46 + rng.gauss(0, 2),
@@ -143,6 +144,7 @@ def write_run(path: Path, name: str = "words-var-rl", seed: int = 7, alpha: floa
     write_lines(path / "events.jsonl", [
         {"time": 1760000000, "step": 0, "kind": "start", "message": "replay gate passed: max |delta| 4.1e-06 nats"},
         {"time": 1760000310.5, "step": 60, "kind": "worker_replaced", "message": "reader 0 did not answer in 20 s; 32 pictures are NaN"},
+        {"time": 1760000500, "step": 128, "kind": "alarm", "message": "reward rose while monitor/background_edges fell"},
         {"time": 1760000900, "step": 160, "kind": "done", "message": "160 steps"},
     ])  # fmt: skip
     (path / "summary.json").write_text(json.dumps(SUMMARY))

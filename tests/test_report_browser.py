@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 QUIET = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
 QUIET += " --disable-sync --hide-scrollbars --virtual-time-budget=4000"
-SECTIONS = ["gallery", "film", "credit", "curves", "entropy", "time", "results", "probe", "events", "config"]
+SECTIONS = ["gallery", "film", "credit", "monitor", "curves", "entropy", "time", "results", "probe", "events", "config"]
 
 
 def chromium(profile: Path, address: str, *wanted: str) -> str:
@@ -69,6 +69,7 @@ def test_every_section_is_drawn_without_an_error(page, tmp_path):
     assert part.count("<article") == 12
     assert "what the reader gave" in part
     assert "word accuracy" in part
+    assert "reward rose while monitor/background_edges fell" in part
     assert "NaN" not in part.replace("32 pictures are NaN", "")
     assert "undefined" not in part
 
@@ -162,7 +163,7 @@ def rebuilt(tmp_path_factory) -> Path:
 def test_real_picture_and_draws_are_drawn(rebuilt, tmp_path):
     document, film = dom(rebuilt, tmp_path, "#step=35&prompt=1"), shown(rebuilt)["film"]
     assert "data-error" not in root(document)
-    assert re.findall(r'<section id="(\w+)"', document) == [name for name in SECTIONS if name != "entropy" and name != "time"]
+    assert re.findall(r'<section id="(\w+)"', document) == [name for name in SECTIONS if name not in ("monitor", "entropy", "time")]
     (shot,) = re.findall(r'id="shot">(.*?)<div class="strip"', document, flags=re.S)
     assert film["prompts"][1]["real"] in shot
     places = [shot.index(f'alt="draw {k}') for k in range(2, 9)]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from varl.algorithms.grpo import GRPO
 from varl.algorithms.mar_grpo import MARGRPO
-from varl.algorithms.mixing import standardised
+from varl.algorithms.mixing import RunningScale, standardised
 from varl.algorithms.va_pi import VAPI
 from varl.algorithms.var_rl import VARRL
 from varl.checkpoints import hugging_face
@@ -89,7 +89,8 @@ from varl.rewards.class_score import ClassScore
 from varl.rewards.clip import Aesthetic, TextMatch, clip_score
 from varl.rewards.geneval import GenEval
 from varl.rewards.grounding_dino import GroundingDINO
-from varl.rewards.judge import RewardJudge
+from varl.rewards.groups import Groupwise, Watched, background_edges, pixel_diversity
+from varl.rewards.judge import Prepare, RewardJudge
 from varl.rewards.networks import open_network
 from varl.rewards.ocr_reward import OCRReward
 from varl.rewards.preference import HPSv3, ImageReward
@@ -103,7 +104,7 @@ from varl.tokenizers.bsq import BSQ
 from varl.tokenizers.kl import KL
 from varl.tokenizers.multiscale_vq import MultiScaleVQ
 from varl.tokenizers.vq import VQ
-from varl.types import Algorithm, BranchingPolicy, Policy, Prompt, RedrawingPolicy, RewardFn, TeacherForcedPolicy
+from varl.types import WATCHED, Algorithm, BranchingPolicy, Policy, Prompt, RedrawingPolicy, RewardFn, TeacherForcedPolicy
 
 AnyPolicy = NextScalePolicy | InfinityPolicy | RasterPolicy | MaskedPolicy
 """Of any family."""
@@ -233,7 +234,8 @@ def build_reward(config: RewardConfig, pictures: PicturesOf | None = None) -> Re
         case OCRConfig():
             return OCRReward(config)
         case PythonRewardConfig():
-            return load_callable(config.target)
+            fn = load_callable(config.target)
+            return Groupwise(fn) if config.groupwise else fn
         case ReconstructionConfig():
             return ReconstructionReward(config, demand_pictures("reconstruction", pictures), *open_network(config))
         case ClassScoreConfig():
@@ -279,29 +281,51 @@ def demand_pictures(who: str, pictures: PicturesOf | None) -> PicturesOf:
     return pictures
 
 
-def demand_texts(name: str, config: RewardConfig, prompts: Sequence[Prompt]) -> None:
-    """ConfigError where the reward called `name` reads the prompts' texts, and some have none."""
+def demand_texts(place: str, config: RewardConfig, prompts: Sequence[Prompt]) -> None:
+    """ConfigError where the reward at `place` of the config reads the prompts' texts, and some have none."""
     mute = [prompt for prompt in prompts if not prompt.text.strip()]
     if mute and isinstance(config, TextRewardConfig):
         raise ConfigError(
-            f"rewards.{name}: {len(mute)} of {len(prompts)} prompts have no text to compare with. Give every prompt a `text`, or use "
-            "another reward."
+            f"{place}: {len(mute)} of {len(prompts)} prompts have no text to compare with. Give every prompt a `text`, or use another "
+            "reward."
         )
 
 
-def build_judge(config: RunConfig, pictures: PicturesOf | None) -> RewardJudge:
+def build_judge(config: RunConfig, pictures: PicturesOf | None, *, monitor: bool = False) -> RewardJudge:
+    """`monitor`: beside the rewards, and with no weight, it asks what the run's monitor watches."""
     parts = {name: (part.weight, build_reward(part.reward, pictures)) for name, part in config.rewards.items()}
-    return RewardJudge(parts, standardised if config.algorithm.grpo.multi_objective_aggregation == "normalize_then_sum" else None)
+    if monitor:
+        watched = {"pixel_diversity": Groupwise(pixel_diversity), "background_edges": background_edges}
+        watched |= {name: build_reward(reward, pictures) for name, reward in config.monitor.held_out.items()}
+        parts |= {f"{WATCHED}{name}": (0.0, Watched(fn, config.monitor.pictures)) for name, fn in watched.items()}
+    return RewardJudge(parts, build_mixing(config))
+
+
+def build_mixing(config: RunConfig) -> Prepare | None:
+    """What rewards become before they are weighed."""
+    match config.algorithm.grpo.multi_objective_aggregation:
+        case "sum_then_normalize":
+            return None
+        case "normalize_then_sum":
+            return lambda name, judgement, prompts, group: standardised(judgement, prompts, group)
+        case "running_scale":
+            return RunningScale(name for name, part in config.rewards.items() if part.weight)
+    assert_never(config.algorithm.grpo.multi_objective_aggregation)
 
 
 def build_served(config: RunConfig, name: str) -> RewardFn:
     """One of the run's rewards, to be served. The run's pictures are looked for when they are first asked for, for not all rewards do."""
+    asked = config.rewards[name].reward
+    if isinstance(asked, PythonRewardConfig) and asked.groupwise:
+        raise ConfigError(
+            f"rewards.{name}: compares the pictures of a group, and a service is not told which these are. Ask it in the run."
+        )
 
     @cache
     def real() -> PicturesOf:
         return demand_pictures(name, build_prompts(config.data, config.seed, config.eval.samples).pictures)
 
-    return build_reward(config.rewards[name].reward, lambda prompts: real()(prompts))
+    return build_reward(asked, lambda prompts: real()(prompts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

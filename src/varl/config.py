@@ -713,9 +713,10 @@ class GRPOConfig:
     """As a loss: analytic and k2 have the gradient of the reverse KL, k3 that of the forward KL, k1 none at all in expectation."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """By which standard deviation advantages are divided."""
-    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum", "running_scale"] = "sum_then_normalize"
     """Of several rewards: sum_then_normalize weighs them in their own units; normalize_then_sum first divides each by its own standard
-    deviation inside the group (GDPO, arXiv 2601.05242), so that a weight means the same for all."""
+    deviation inside the group (GDPO, arXiv 2601.05242), so that a weight means the same for all; running_scale divides by a running mean of
+    those deviations over the steps before, one number for all groups, so that a group with hardly a difference stays one."""
     num_iterations: int = 1
     """Optimizer steps on each batch of rollouts."""
     panw_alpha: float = 0.0
@@ -1032,6 +1033,9 @@ class PythonRewardConfig:
 
     target: str
     """module:function, or path.py:function."""
+    groupwise: bool = False
+    """It compares pictures: called once for each prompt's group, with all its pictures and no others, where it is else called for many
+    groups at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1312,6 +1316,38 @@ class WeightedReward:
     weight: float = 1.0
 
 
+PICTURE_MEASURES = ("pixel_diversity", "background_edges")
+"""What every run measures on its pictures beside the reward."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MonitorConfig:
+    """Looks for a reward that is won at the cost of something else: alarm where the train reward rises over a window of steps while what is
+    never optimised falls, be it a held-out reward, how much a prompt's pictures differ, or the edges outside of its text boxes."""
+
+    held_out: dict[str, RewardConfig] = field(default_factory=dict)
+    """Rewards that are measured and never learned from."""
+    pictures: int = 4
+    """Of each prompt's group the first so many are looked at: they are as good as any, and a held-out reward may be dear."""
+    window: int = 64
+    """Steps from one look for a trend to the next; a multiple of 8, for it is cut into 8 blocks."""
+    false_alarms: float = 0.01
+    """Share of windows in which the alarm is raised although nothing that is watched has a trend, at most."""
+    may_lose: float = 0.5
+    """Share of its first level that a measure of the pictures may lose before its fall is one: whoever learns what is wanted draws less
+    else. A held-out reward may lose nothing."""
+    on_alarm: Literal["log", "stop"] = "log"
+    """stop ends the run there, with its model; the same command goes on only with another setting here."""
+
+    def __post_init__(self) -> None:
+        _demand("monitor.pictures", self.pictures, self.pictures >= 2, "2 or more: one picture differs from none")
+        _demand("monitor.window", self.window, self.window >= 16 and self.window % 8 == 0, "a multiple of 8, 16 or more")
+        _demand("monitor.false_alarms", self.false_alarms, 0 < self.false_alarms < 0.5, "above 0 and below 0.5")
+        _demand("monitor.may_lose", self.may_lose, 0 <= self.may_lose < 1, "at least 0 and below 1")
+        if taken := {"alarm", *PICTURE_MEASURES} & self.held_out.keys():
+            raise ConfigError(f"monitor.held_out.{min(taken)}: is a name of the monitor's own. Call it something else.")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimConfig:
     name: Literal["adamw", "muon"] = "adamw"
@@ -1401,9 +1437,21 @@ class RunConfig:
     """Of masked models, which need it, and of no others."""
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+    monitor: MonitorConfig = MonitorConfig()
     seed: int = 0
 
+    @property
+    def asked(self) -> dict[str, RewardConfig]:
+        """Every reward that is asked, learned from or held out, by its place here."""
+        learned = {f"rewards.{name}": part.reward for name, part in self.rewards.items()}
+        return learned | {f"monitor.held_out.{name}": reward for name, reward in self.monitor.held_out.items()}
+
     def __post_init__(self) -> None:
+        for held, reward in self.monitor.held_out.items():
+            if learned := [name for name, part in self.rewards.items() if part.weight and part.reward == reward]:
+                raise ConfigError(
+                    f"monitor.held_out.{held}: is rewards.{learned[0]}, which is learned from. Hold out another, or give that one weight 0."
+                )
         if not self.score_law.top_k and self.score_law.top_p == 1:
             return
         filtered = f"score_law.top_k={self.score_law.top_k}, top_p={self.score_law.top_p}"

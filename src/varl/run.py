@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import math
 import resource
 from collections.abc import Callable, Sequence
@@ -11,11 +12,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from varl.algorithms.mixing import RunningScale
 from varl.algorithms.panw import panw_weights
 from varl.build import (
     PromptSets,
@@ -32,7 +34,7 @@ from varl.checkpoints import model as model_folder
 from varl.checkpoints import run_state
 from varl.checkpoints.folder import replace_file
 from varl.checkpoints.vision import files_of
-from varl.config import NetworkRewardConfig, RunConfig, VAPIConfig, VARRLConfig
+from varl.config import PICTURE_MEASURES, NetworkRewardConfig, RunConfig, VAPIConfig, VARRLConfig
 from varl.distributed import mesh
 from varl.distributed.reduce import all_sum
 from varl.errors import ConfigError
@@ -40,8 +42,11 @@ from varl.eval.pictures import teacher_forced_metrics
 from varl.eval.words import draw_sample, reading_metrics, token_diversity
 from varl.rng import Stream
 from varl.train.loop import STOPPED, Metrics, Progress, Trainer
+from varl.train.monitor import Monitor
 from varl.train.record import RunDirectory, save_picture
-from varl.types import Judge, Judgement, Policy, Prompt, TeacherForcedPolicy, TrainBatch
+from varl.types import WATCHED, Judge, Judgement, Policy, Prompt, TeacherForcedPolicy, TrainBatch
+
+log = logging.getLogger("varl")
 
 Tick = Callable[[Metrics], None]
 
@@ -80,7 +85,7 @@ def _train(config: RunConfig, out: Path, tick: Tick, seat: mesh.Seat) -> Outcome
         policy = cast(Policy, built)
         algorithm = build_algorithm(config.algorithm, policy, prompts.pictures)
         children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-        judge = build_judge(config, prompts.pictures)
+        judge = build_judge(config, prompts.pictures, monitor=True)
         at_end.callback(judge.close)
         trainer = Trainer(
             config.train,
@@ -93,29 +98,41 @@ def _train(config: RunConfig, out: Path, tick: Tick, seat: mesh.Seat) -> Outcome
             failures=out / "failures",
         )
         checkpoints = out / "checkpoints"
-        restore(trainer, run, checkpoints)
+        monitor = Monitor(config.monitor, watched(config))
+        learners: Learners = {"monitor": monitor}
+        if isinstance(judge.prepare, RunningScale):
+            learners["mixing"] = judge.prepare
+        restore(trainer, run, checkpoints, learners)
         begun = trainer.progress.step
         watch = Watch(config, policy, judge, prompts, run, trainer)
         if run.writer and config.train.image_every and trainer.progress.step == 0:
             watch.show(0)
 
-        def after(metrics: Metrics) -> None:
+        def stop() -> str | None:
+            return f"alarm: {monitor.alarm}" if monitor.alarm and config.monitor.on_alarm == "stop" else None
+
+        def after(metrics: Metrics) -> str | None:
             step = trainer.progress.step
+            found = [learner.update(metrics) or {} for learner in learners.values()]
             if run.writer:
-                metrics = {**metrics, **watch.after(step)}
+                metrics = {name: value for part in (metrics, *found, watch.after(step)) for name, value in part.items()}
                 run.write(step, metrics)
+                if metrics.get("monitor/alarm"):
+                    log.warning("alarm: %s", monitor.alarm)
+                    run.event("alarm", str(monitor.alarm))
                 if step % config.train.save_every == 0:
-                    save(trainer, checkpoints, config.train.keep)
+                    save(trainer, checkpoints, config.train.keep, learners)
             mesh.barrier()
             tick(metrics)
+            return stop()
 
-        reason = trainer.run(after)
+        reason = stop() or trainer.run(after)
         judge.close()
         if trainer.progress.step > begun:  # what the reader processes spent is known once they have ended
             trainer.progress.cpu_seconds += all_sum(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - children).item()
         if run.writer:
             run.event("stop", reason)
-            save(trainer, checkpoints, config.train.keep)
+            save(trainer, checkpoints, config.train.keep, learners)
             with trainer.ema.swapped(policy.module) if trainer.ema else nullcontext():
                 model_folder.save(out / "model", built.module, built.tokenizer, notes(trainer, config))
         return Outcome(reason=reason, model=out / "model", done=reason != STOPPED, progress=trainer.progress)
@@ -132,29 +149,54 @@ def check(config: RunConfig, out: Path, prompts: PromptSets, world: mesh.World) 
             f"train.prompts_per_step={config.train.prompts_per_step}: {world.size} processes would share them, and a process without a "
             f"prompt has nothing to do. Set it to {world.size} or more, or start fewer processes."
         )
-    for name, part in config.rewards.items():
-        demand_texts(name, part.reward, [*prompts.train, *prompts.heldout])
-        if isinstance(part.reward, NetworkRewardConfig):
-            files_of(part.reward)
+    for place, reward in config.asked.items():
+        demand_texts(place, reward, [*prompts.train, *prompts.heldout])
+        if isinstance(reward, NetworkRewardConfig):
+            files_of(reward)
     if config.eval.every and not prompts.heldout:
         raise ConfigError(
             f"eval.every={config.eval.every}, but the data holds no prompts for evaluation. Set data.heldout, or eval.every=0."
         )
 
 
+def watched(config: RunConfig) -> dict[str, float]:
+    """What no reward pays for, each metric with the share of its first level that it may lose: what the monitor measures, and rewards of
+    weight 0."""
+    measures = {f"{WATCHED}{name}": config.monitor.may_lose for name in PICTURE_MEASURES}
+    held_out = [f"{WATCHED}{name}" for name in config.monitor.held_out]
+    return {
+        **measures,
+        **dict.fromkeys([*held_out, *(f"rewards/{name}/mean" for name, part in config.rewards.items() if not part.weight)], 0.0),
+    }
+
+
 # ---- saving and going on ----------------------------------------------------------------------------------------------------------------
 
 
-def save(trainer: Trainer, checkpoints: Path, keep: int) -> None:
+@runtime_checkable
+class Learner(Protocol):
+    """What learns from the metrics of every step, and may add to them."""
+
+    def update(self, metrics: Metrics) -> Metrics | None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+Learners = dict[str, Learner]
+
+
+def save(trainer: Trainer, checkpoints: Path, keep: int, learners: Learners) -> None:
     """All that makes the rest of the run bit-identical to one that was never interrupted."""
     tensors: dict[str, Any] = {"model": trainer.policy.module.state_dict(), "optimizer": trainer.optimizer.state_dict()}
     if trainer.ema is not None:
         tensors["ema"] = trainer.ema.state_dict()
     controller = getattr(trainer.algorithm, "state_dict", dict)()
-    run_state.save(checkpoints, trainer.progress.step, tensors, {"progress": asdict(trainer.progress), "algorithm": controller}, keep)
+    learned = {name: learner.state_dict() for name, learner in learners.items()}
+    plain = {"progress": asdict(trainer.progress), "algorithm": controller, "learners": learned}
+    run_state.save(checkpoints, trainer.progress.step, tensors, plain, keep)
 
 
-def restore(trainer: Trainer, run: RunDirectory, checkpoints: Path) -> None:
+def restore(trainer: Trainer, run: RunDirectory, checkpoints: Path, learners: Learners) -> None:
     """Goes on from the newest whole checkpoint, if there is one; what was logged after it is cut off, for it will happen again."""
     state = run_state.load_latest(checkpoints)
     if state is not None:
@@ -165,6 +207,9 @@ def restore(trainer: Trainer, run: RunDirectory, checkpoints: Path) -> None:
         trainer.progress = Progress(**state.extra["progress"])
         if state.extra["algorithm"]:
             trainer.algorithm.load_state_dict(state.extra["algorithm"])  # type: ignore[attr-defined]
+        for name, learner in learners.items():
+            if name in state.extra.get("learners", {}):  # older checkpoints have none
+                learner.load_state_dict(state.extra["learners"][name])
     run.truncate(trainer.progress.step)
     if state is not None:
         for name in state.refused:
@@ -199,11 +244,13 @@ class Watch:
             found = teacher_forced_metrics(teacher, self.prompts.heldout, pictures, self.judge, seed=c.seed, batch=c.batch)
             return {f"eval/{name}": value for name, value in found.items()}
         sample = draw_sample(self.policy, self.prompts.heldout, copies=2, seed=c.seed, batch=c.batch)
-        judgement = self.judge.submit(sample.images, sample.prompts).result()
-        parts = {name.rpartition("/")[2]: part for name, part in judgement.parts.items()}
+        judgement = self.judge.submit(sample.images, sample.prompts, sample.copies).result()
+        unpaid = {name: float(part.nanmean()) for name, part in judgement.parts.items() if name.startswith(WATCHED)}
+        parts = {name.rpartition("/")[2]: part for name, part in judgement.parts.items() if name not in unpaid}
         reads = "word_accuracy" in parts
         readings = reading_metrics(parts, 2) if reads else {"reward": float(judgement.value.nanmean())}
-        return {f"eval/{name}": value for name, value in {**readings, "token_diversity": token_diversity(sample.tokens, 2)}.items()}
+        found = {**readings, "token_diversity": token_diversity(sample.tokens, 2), **unpaid}
+        return {f"eval/{name}": value for name, value in found.items()}
 
     def show(self, step: int) -> None:
         """One picture per fixed prompt, what was read in it, and the credit that the algorithm would give its tokens."""
@@ -237,7 +284,7 @@ class Watch:
         told = []
         for k, image in enumerate(drawn):
             save_picture(folder / f"{number:02d}-{k}.png", image)
-            parts = {name: finite(part[row + k]) for name, part in piece.judgement.parts.items()}
+            parts = {name: finite(part[row + k]) for name, part in piece.judgement.parts.items() if not name.startswith(WATCHED)}
             told.append({"reward": finite(piece.judgement.value[row + k]), "parts": parts, "advantage": float(piece.advantage[row + k, 0])})
         return told
 
@@ -263,9 +310,9 @@ class Shown:
     def __init__(self, judge: Judge) -> None:
         self.judge, self.images = judge, list[Tensor]()
 
-    def submit(self, images: Tensor, prompts: Sequence[Prompt]) -> Future[Judgement]:
+    def submit(self, images: Tensor, prompts: Sequence[Prompt], group: int | None = None) -> Future[Judgement]:
         self.images.append(images)
-        return self.judge.submit(images, prompts)
+        return self.judge.submit(images, prompts, group)
 
 
 def finite(value: Tensor) -> float | None:

@@ -6,6 +6,7 @@ S steps (raster index, scale, or unmasking round), R text regions, V vocabulary,
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate, groupby
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -216,15 +217,37 @@ class Judgement(_Batch):
     """What was read in each picture."""
 
 
+WATCHED = "monitor/"
+"""So begin the names of parts that are measured beside the reward, and never learned from."""
+
 RewardFn = Callable[[Float[Tensor, "B 3 H W"], Sequence[Prompt]], Float[Tensor, " B"] | Judgement]
 """Pixels in [0, 1] and prompts in, one float each out (NaN: failed), or a Judgement if it can say where."""
+
+
+def groups(prompts: Sequence[Prompt], group: int | None) -> list[range]:
+    """The rows of each group: `group` side by side, or if that is not said, those of equal prompts side by side."""
+    sizes = [len(list(same)) for _, same in groupby(prompts)] if group is None else [group] * (len(prompts) // group)
+    return [range(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
+
+
+@runtime_checkable
+class GroupRewardFn(Protocol):
+    """A RewardFn to which it matters which pictures are a group: it compares them, or looks at some of each."""
+
+    def __call__(self, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt]) -> Float[Tensor, " B"] | Judgement: ...
+
+    def of_groups(self, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt], group: int | None) -> Float[Tensor, " B"] | Judgement:
+        """A group is `group` pictures side by side; None: those of equal prompts side by side."""
+        ...
 
 
 @runtime_checkable
 class Judge(Protocol):
     """A reward that is asked now and answers later, so that the next pictures are drawn meanwhile."""
 
-    def submit(self, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt]) -> "Future[Judgement]": ...
+    def submit(self, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt], group: int | None = None) -> "Future[Judgement]":
+        """Of whole groups: `group` pictures side by side are one, or if that is not said, those of equal prompts side by side."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

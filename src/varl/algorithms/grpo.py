@@ -14,7 +14,7 @@ from varl.algorithms.panw import token_weights
 from varl.config import GRPOConfig
 from varl.errors import ConfigError
 from varl.rng import Stream
-from varl.types import Judge, Judgement, Layout, Policy, Prompt, Rollout, Score, TrainBatch
+from varl.types import WATCHED, Judge, Judgement, Layout, Policy, Prompt, Rollout, Score, TrainBatch
 
 # ---- maths ---------------------------------------------------------------------------------------------------------------------------
 
@@ -106,18 +106,17 @@ def normaliser(
             return (1 / count.sum().clamp(min=1)).expand_as(count).clone(), torch.full_like(count, 1 / len(count))
 
 
-MOST_STEPS = 32
-"""Metrics are also given step by step where there are no more steps than this: for scales, not for the tokens of a raster."""
+MOST_STEPS, BLOCKS = 32, 8
+"""Metrics are also given step by step, or of more than MOST_STEPS (a raster's tokens, not scales) for BLOCKS of them."""
 
 
-def by_step(name: str, value: Float[Tensor, "B L"], where: Bool[Tensor, "B L"], step: Int[Tensor, "B L"]) -> dict[str, float]:
-    """`name`/step_i: the mean over the tokens of step i that `where` admits, for every step that has any."""
-    steps = int(step.max()) + 1
-    if steps > MOST_STEPS:
-        return {}
-    at, zeros = step[where].long(), torch.zeros(steps, device=value.device)
+def by_step(name: str, value: Float[Tensor, "B L"], where: Bool[Tensor, "B L"], step: Int[Tensor, "B L"], steps: int) -> dict[str, float]:
+    """`name`/step_i: the mean over the tokens of step i that `where` admits, for every one of the `steps` that has any. Of many steps that
+    of the block of equally many that begins with step i."""
+    size = 1 if steps <= MOST_STEPS else -(-steps // BLOCKS)
+    at, zeros = step[where].long() // size, torch.zeros(-(-steps // size), device=value.device)
     total, count = zeros.scatter_add(0, at, value.detach()[where].float()), zeros.scatter_add(0, at, torch.ones_like(at).float())
-    return {f"{name}/step_{i}": t / n for i, (t, n) in enumerate(zip(total.tolist(), count.tolist(), strict=True)) if n}
+    return {f"{name}/step_{i * size}": t / n for i, (t, n) in enumerate(zip(total.tolist(), count.tolist(), strict=True)) if n}
 
 
 # ---- credit, shared by the algorithms ------------------------------------------------------------------------------------------------
@@ -137,12 +136,12 @@ def chunks(prompts: Sequence[Prompt], rng: Stream, size: int) -> Iterator[tuple[
         yield [prompts[j] for j in part], rng.select(part)
 
 
-def judged(policy: Policy, judge: Judge, drawn: Iterable[tuple[T, Rollout]]) -> Iterator[tuple[T, Judgement]]:
-    """Shows each chunk of whole pictures to the judge, and yields what came with it and the verdict, in order. One chunk ahead: while a
-    chunk is judged the next is drawn, and while the caller trains on it the next is judged."""
+def judged(policy: Policy, judge: Judge, drawn: Iterable[tuple[T, Rollout]], group: int) -> Iterator[tuple[T, Judgement]]:
+    """Shows each chunk of whole pictures, `group` of them side by side for each prompt, to the judge, and yields what came with it and the
+    verdict, in order. One chunk ahead: while a chunk is judged the next is drawn, and while the caller trains on it the next is judged."""
     waiting = None
     for item, whole in drawn:
-        asked = judge.submit(policy.decode(whole), whole.prompts)
+        asked = judge.submit(policy.decode(whole), whole.prompts, group)
         if waiting is not None:
             yield waiting[0], waiting[1].result()
         waiting = item, asked
@@ -210,7 +209,7 @@ def against_group(config: GRPOConfig, part: Float[Tensor, "N R"]) -> Float[Tenso
 def reward_metrics(judgement: Judgement, group: int) -> dict[str, float]:
     """Of one piece: `reward` and `rewards/<part>/mean` (over pictures that did not fail, own unit), `reward_std` and `rewards/<part>/std`
     (within a group, mean over groups: pieces hold whole groups, so these do not depend on how many), `frac_reward_zero_std` (share of
-    groups whose rewards are all equal), `reward_failed` (share of pictures)."""
+    groups whose rewards are all equal), `reward_failed` (share of pictures), `monitor/<part>` (mean over the pictures looked at)."""
     value = judgement.value.float().cpu().reshape(-1, group)
     metrics = {
         "reward_std": nan_std(value).mean().item(),
@@ -220,7 +219,11 @@ def reward_metrics(judgement: Judgement, group: int) -> dict[str, float]:
     if not value.isnan().all():
         metrics["reward"] = value.nanmean().item()
     for name, part in judgement.parts.items():
-        if not part.isnan().all():
+        if part.isnan().all():
+            continue
+        if name.startswith(WATCHED):
+            metrics[name] = part.nanmean().item()
+        else:
             metrics |= {
                 f"rewards/{name}/mean": part.nanmean().item(),
                 f"rewards/{name}/std": nan_std(part.reshape(-1, group)).mean().item(),
@@ -251,7 +254,7 @@ def train_batch(
     if config.mask != "none":
         learns = mask[:, :length].to(device).float()
         metrics["mask_occupancy"] = _mean(learns, active)
-        metrics |= by_step("mask_occupancy", learns, active, rollout.step)
+        metrics |= by_step("mask_occupancy", learns, active, rollout.step, layout.steps)
     return TrainBatch(
         rollout=rollout,
         advantage=advantage[:, :length].to(device),
@@ -293,7 +296,7 @@ class GRPO:
                 rollout = policy.rollout(repeated(some, group), address.repeat(group))
                 yield rollout, rollout
 
-        for pieces in batched(judged(policy, judge, draw()), self.config):
+        for pieces in batched(judged(policy, judge, draw(), group), self.config):
             yield from self.credit(policy.layout, pieces)
 
     def credit(self, layout: Layout, pieces: Sequence[tuple[Rollout, Judgement]]) -> Iterator[TrainBatch]:
@@ -306,9 +309,9 @@ class GRPO:
 
     def objective(self, policy: Policy, batch: TrainBatch) -> tuple[Float[Tensor, ""], dict[str, float]]:
         """`scored`, by the policy as it is now."""
-        return self.scored(policy.score(batch.rollout), batch)
+        return self.scored(policy.score(batch.rollout), batch, policy.layout.steps)
 
-    def scored(self, score: Score, batch: TrainBatch) -> tuple[Float[Tensor, ""], dict[str, float]]:
+    def scored(self, score: Score, batch: TrainBatch, steps: int) -> tuple[Float[Tensor, ""], dict[str, float]]:
         """sum over tokens of weight * min(r A, clip(r) A) - beta * kl_weight * KL, with r against the log-probs of the rollout.
 
         Metrics, over active tokens: `entropy` (nats; and `entropy/step_i`), `kl` (nats, analytic, to the reference if there is one),
@@ -329,7 +332,7 @@ class GRPO:
             drift = (score.logp - rollout.logp).abs().masked_fill(~rollout.sampled, 0.0)
             metrics = {
                 "entropy": _mean(score.entropy, active),
-                **by_step("entropy", score.entropy, active, rollout.step),
+                **by_step("entropy", score.entropy, active, rollout.step, steps),
                 "clip_ratio/low_mean": _mean(below.float(), learning),
                 "clip_ratio/high_mean": _mean(above.float(), learning),
                 "clip_ratio/region_mean": _mean((below | above).float(), learning),

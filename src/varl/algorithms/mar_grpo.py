@@ -205,7 +205,8 @@ class MARGRPO:
                 shown = rollout.beside(further) if further is not None and config.trajectories == "rewarded" else rollout
                 yield (rollout, further, address), shown
 
-        for pieces in batched(judged(policy, judge, draw()), config.grpo):
+        seen = group * (1 + config.num_trajectories if config.trajectories == "rewarded" else 1)
+        for pieces in batched(judged(policy, judge, draw(), seen), config.grpo):
             drawn, judgements = [item for item, _ in pieces], [judgement for _, judgement in pieces]
             paths = len(judgements[0].value) // len(drawn[0][0])
             own = [judgement.rows(range(0, len(judgement.value), paths)) for judgement in judgements]
@@ -284,7 +285,7 @@ class MARGRPO:
             gain = approach(seen.actions[:, :, -1], before.actions[:, :, -1], final)
             keep = keep & consistent(gain, seen.step, rollout.step.repeat_interleave(count, 0), config.consistency)
             metrics["consistent"] = (keep.sum() / seen.sampled.sum()).item()
-            metrics |= by_step("consistent", keep.float(), seen.sampled, seen.step)
+            metrics |= by_step("consistent", keep.float(), seen.sampled, seen.step, policy.layout.steps)
         own = each = None
         if further is not None:
             own, each, spread = self._uncertain(batch, further)

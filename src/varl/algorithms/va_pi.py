@@ -66,7 +66,7 @@ class VAPI:
                 given, drawn = self.draw(teacher, some, address, group)
                 yield (given, drawn, address), replace(drawn, prompts=repeated(some, group))
 
-        for pieces in batched(judged(policy, judge, draw()), config.grpo):
+        for pieces in batched(judged(policy, judge, draw(), group), config.grpo):
             if config.shuffle_rewards:
                 pieces = [(item, shuffled(judgement, item[2].at("shuffle").uniform(group))) for item, judgement in pieces]
             credited = self.grpo.credit(policy.layout, [(drawn, judgement) for (_, drawn, _), judgement in pieces])
@@ -86,7 +86,7 @@ class VAPI:
 
         Metrics: GRPO's, over the draws, and `prior/nll` (nats per token, before its weight)."""
         score = policy.score(batch.rollout)
-        objective, metrics = self.grpo.scored(score, batch)
+        objective, metrics = self.grpo.scored(score, batch, policy.layout.steps)
         own = score.logp[~batch.rollout.sampled.any(1)]
         if len(own):
             metrics["prior/nll"] = -own.detach().mean().item()

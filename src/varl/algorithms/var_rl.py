@@ -156,7 +156,7 @@ class VARRL:
                 yield (replace(prefix, state=None), replace(whole, state=None)), whole
 
         seen: list[Tensor] = []
-        for pieces in batched(judged(policy, judge, draw()), config):
+        for pieces in batched(judged(policy, judge, draw(), group * copies), config):
             returns = [self._returns(policy, whole, judgement.value, m) for (_, whole), judgement in pieces]
             values = [of_prefixes(judgement, value, copies) for (_, judgement), (value, _) in zip(pieces, returns, strict=True)]
             reaches = [local_reach(config, layout, judgement) for _, judgement in pieces]
@@ -191,7 +191,7 @@ class VARRL:
                     whole = policy.rollout(repeated(some, group), address.repeat(group))
                 yield replace(whole, state=None), whole
 
-        for pieces in batched(judged(policy, judge, draw()), config):
+        for pieces in batched(judged(policy, judge, draw(), group), config):
             own = [replace(judgement, value=self._suffix_returns(policy, whole, judgement.value, m)[0]) for whole, judgement in pieces]
             reaches = [local_reach(config, layout, judgement) for judgement in own]
             advantages = token_advantages(layout, own, reaches, partial(against_group, config))

@@ -70,11 +70,11 @@ def _of_run(config: RunConfig, calibrate: bool) -> Plan:
     device = attempt(problems, device_of, config.train.device) or torch.device("cpu")
     pair = attempt(problems, pair_of, config.model)
     data = data_of(problems, config.data, "rl")
-    check_regions(problems, data.prompts, config.rewards)
-    for name, part in config.rewards.items():
-        attempt(problems, demand_texts, name, part.reward, data.prompts)
-    check_objects(problems, data.prompts, config.rewards)
-    rewards = [attempt(problems, judge_of, name, part.reward, data.pictures) for name, part in config.rewards.items()]
+    check_regions(problems, data.prompts, config.asked)
+    for place, reward in config.asked.items():
+        attempt(problems, demand_texts, place, reward, data.prompts)
+    check_objects(problems, data.prompts, config.asked)
+    rewards = [attempt(problems, judge_of, place.removeprefix("rewards."), reward, data.pictures) for place, reward in config.asked.items()]
     if config.eval.every and isinstance(config.data, FolderConfig | PicturesConfig) and not config.data.heldout:
         problems.append(f"eval.every={config.eval.every}, but the data holds no prompts for evaluation. Set data.heldout, or eval.every=0.")
     if config.eval.every and data.heldout is not None and config.eval.samples > data.heldout:

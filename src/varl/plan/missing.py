@@ -41,7 +41,6 @@ from varl.config import (
     VAPIConfig,
     VARRLConfig,
     VQAConfig,
-    WeightedReward,
     WordsConfig,
 )
 from varl.data import glyphs
@@ -188,35 +187,33 @@ def check_size(problems: list[str], data: DataConfig, model: ActingConfig | Clas
         problems.append(f"data.image_size={data.image_size}, but {whose} {model.image_size} pixels. Make them equal.")
 
 
-def check_regions(problems: list[str], prompts: Sequence[Prompt], rewards: Mapping[str, WeightedReward]) -> None:
-    """Whether what an OCR reward shall read is there, and made of letters that its reader answers with."""
+def check_regions(problems: list[str], prompts: Sequence[Prompt], rewards: Mapping[str, RewardConfig]) -> None:
+    """Whether what an OCR reward (by its place in the config) shall read is there, and made of letters that its reader answers with."""
     mute, spoken = [p for p in prompts if not p.words], [p for p in prompts if p.words]
     letters = {letter for prompt in spoken for word in prompt.words for letter in word.upper()}
-    for name, part in rewards.items():
-        if not isinstance(part.reward, OCRConfig):
+    for place, reward in rewards.items():
+        if not isinstance(reward, OCRConfig):
             continue
         if mute:
             problems.append(
-                f"rewards.{name}: {count(mute, spoken)} no text region, so nothing to read. Give every prompt `regions`, or use another "
-                "reward."
+                f"{place}: {count(mute, spoken)} no text region, so nothing to read. Give every prompt `regions`, or use another reward."
             )
-        if strange := "".join(sorted(letters - set(part.reward.letters.upper()))):
+        if strange := "".join(sorted(letters - set(reward.letters.upper()))):
             problems.append(
-                f"rewards.{name}.reward.letters={part.reward.letters!r}: prompts ask for {strange!r}, which the reader does not answer "
+                f"{place}: letters={reward.letters!r}: prompts ask for {strange!r}, which the reader does not answer "
                 "with. Add them to `letters`, or change the prompts."
             )
 
 
-def check_objects(problems: list[str], prompts: Sequence[Prompt], rewards: Mapping[str, WeightedReward]) -> None:
+def check_objects(problems: list[str], prompts: Sequence[Prompt], rewards: Mapping[str, RewardConfig]) -> None:
     """Whether what a reward shall look for is there, and can be looked for."""
     mute, spoken = [p for p in prompts if not p.objects], [p for p in prompts if p.objects]
-    for name, part in rewards.items():
-        config = part.reward
+    for place, config in rewards.items():
         if not isinstance(config, GenEvalConfig | GroundingDINOConfig | VQAConfig):
             continue
         if mute:
             problems.append(
-                f"rewards.{name}: {count(mute, spoken)} no objects to look for. Give every prompt `objects`, or `include` as GenEval does."
+                f"{place}: {count(mute, spoken)} no objects to look for. Give every prompt `objects`, or `include` as GenEval does."
             )
         if isinstance(config, GenEvalConfig):
             attempt(problems, require_geneval, spoken)

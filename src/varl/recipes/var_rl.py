@@ -4,11 +4,13 @@ placeholders for files of yours. The paper's own base model, prompts and code ar
 from dataclasses import replace
 
 from varl.config import (
+    CLIPScoreConfig,
     EvalConfig,
     FolderConfig,
     GRPOConfig,
     LawConfig,
     MiddleStep,
+    MonitorConfig,
     OCRConfig,
     OptimConfig,
     PicturesConfig,
@@ -100,6 +102,7 @@ def infinity_2b_text() -> RunConfig:
         model="models/infinity_2b",  # ours: the paper's is NextFlow-7B, of codes where this one has bits
         data=FolderConfig(path="data/text_prompts", heldout="data/text_prompts_heldout"),
         rewards={"ocr": WeightedReward(reward=OCRConfig(score="paper", workers=4))},  # workers: ours
+        monitor=MonitorConfig(held_out={"clip": CLIPScoreConfig()}),  # ours: 64 pictures a step, little beside drawing 256
         algorithm=VARRLConfig(
             grpo=GRPOConfig(
                 num_generations=16,

@@ -559,15 +559,15 @@ function smoothing() {
 }
 const colour = (i) => `var(--c${i % 8})`;
 const ramp = (i, count) => `color-mix(in oklab, var(--fine) ${Math.round(100 * i / Math.max(1, count - 1))}%, var(--coarse))`;
-const ORDER = ["reward", "reward_std", "rewards", "eval", "kl", "entropy", "grad_norm", "clip_ratio", "sampling", "mask_occupancy"];
+const ORDER = ["reward", "reward_std", "rewards", "monitor", "eval", "kl", "entropy", "grad_norm", "clip_ratio", "sampling", "mask_occupancy"];
 const rank = (name) => (ORDER.indexOf(name) + 1 || ORDER.length + 1);
-const TIMING = ["seconds/", "images_per_second", "entropy/step_"];
+const ELSEWHERE = ["seconds/", "images_per_second", "entropy/step_", "monitor/"];
 
 /* Metrics that differ only after their last "/" share a chart, as long as it can be read. */
 const roomOf = (name) => name.split("/").slice(0, -1).join("/");
 const ofSteps = (list) => list.length > 1 && list.every((name) => /\/step_\d+$/.test(name));
 function groups(columns) {
-  const names = Object.keys(columns).filter((name) => columns[name].some(isNumber) && !TIMING.some((prefix) => name.startsWith(prefix)));
+  const names = Object.keys(columns).filter((name) => columns[name].some(isNumber) && !ELSEWHERE.some((prefix) => name.startsWith(prefix)));
   const rooms = {};
   for (const name of names) (rooms[roomOf(name) || name] ??= []).push(name);
   return Object.entries(rooms).flatMap(([room, list]) => (list.length <= 6 || ofSteps(list) ? [[list.length > 1 ? room : list[0], list]] : list.map((name) => [name, [name]])))
@@ -576,7 +576,7 @@ function groups(columns) {
 function shortNames(list) {
   return list.length > 1 ? list.map((name) => name.split("/").pop()) : list;
 }
-const troubles = () => run.events.filter((event) => isNumber(event.step) && /warn|error|stop|refus|fail|replac/i.test(event.kind || ""));
+const troubles = () => run.events.filter((event) => isNumber(event.step) && /warn|error|stop|alarm|refus|fail|replac/i.test(event.kind || ""));
 function caption(step) {
   const at = run.metrics.steps.indexOf(step), stage = run.metrics.columns.stage?.[at];
   return `step ${step}${stage && stage !== "all" ? ` · ${stage}` : ""}`;
@@ -595,6 +595,15 @@ function curves() {
   const marked = troubles().length ? " Dashed red: a warning or a restart." : "";
   return section("curves", "Curves", `Strong: moving average. Faint: as measured.${marked} ${notes}`,
     h("div", { class: "row spread" }, h("span", {}), smoothing()), h("div", { class: "charts" }, groups(columns).map(([title, list]) => metricChart(title, list, ofSteps(list) ? ramp : colour))));
+}
+/* ---- what no reward pays for ---- */
+function monitor() {
+  const list = Object.keys(run.metrics?.columns || {}).filter((name) => name.startsWith("monitor/") && name !== "monitor/alarm" && run.metrics.columns[name].some(isNumber));
+  if (!list.length) return null;
+  const alarms = run.events.filter((event) => event.kind === "alarm");
+  return section("monitor", "What no reward pays for", "Measured beside the reward and never learned from. An alarm is a window of steps in which the reward rose while one of these fell.",
+    alarms.length ? h("div", { class: "card warn" }, h("ul", { class: "advice" }, alarms.map((event) => h("li", {}, event.message)))) : h("div", { class: "card" }, "No alarm."),
+    h("div", { class: "charts" }, list.map((name) => metricChart(name, [name]))));
 }
 const stepName = hasOrder ? "drawing step" : "scale";
 function entropy() {
@@ -714,7 +723,7 @@ function comparison() {
 /* ---- the page ---- */
 const page = document.getElementById("page");
 const parts = run.kind === "run"
-  ? [header(), h("nav", { "aria-label": "sections" }), gallery(), training(), drawOrder(), credit(), curves(), entropy(), timing(), results(), probe(), events(), configuration()]
+  ? [header(), h("nav", { "aria-label": "sections" }), gallery(), training(), drawOrder(), credit(), monitor(), curves(), entropy(), timing(), results(), probe(), events(), configuration()]
   : comparison();
 page.replaceChildren(...parts.filter(Boolean), h("footer", {}, "Made by VARL. This page holds everything it shows and asks no server for anything."));
 const links = sections.map(([id, title]) => h("a", { href: `#${id}` }, title));

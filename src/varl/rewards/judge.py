@@ -12,14 +12,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from varl.errors import RewardError, VarlError
-from varl.types import Judgement, Prompt, RewardFn
+from varl.types import GroupRewardFn, Judgement, Prompt, RewardFn
 
 log = logging.getLogger(__name__)
 
 
-def judge_now(fn: RewardFn, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt]) -> Judgement:
-    """The reward's answer as a Judgement in fp32 on the CPU. What is not finite becomes NaN: the picture failed, if it is the value."""
-    answer = fn(images, prompts)
+def judge_now(fn: RewardFn, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt], group: int | None = None) -> Judgement:
+    """The reward's answer as a Judgement in fp32 on the CPU. What is not finite becomes NaN: the picture failed, if it is the value.
+    `group` is how many pictures side by side are one, for rewards to which that matters."""
+    answer = fn.of_groups(images, prompts, group) if isinstance(fn, GroupRewardFn) else fn(images, prompts)
     count = len(prompts)
     _demand(fn, "value", answer.value if isinstance(answer, Judgement) else answer, (count,))
     judgement = answer if isinstance(answer, Judgement) else Judgement(value=answer)
@@ -100,6 +101,10 @@ def _beside(images: Tensor, drawn: Any) -> Iterator[None]:
         yield
 
 
+Prepare = Callable[[str, Judgement, Sequence[Prompt], int | None], Judgement]
+"""What a named reward's judgement of whole groups becomes before it is weighed."""
+
+
 class RewardJudge:
     """A Judge: named rewards with weights, each asked in a thread of its own while the caller goes on. `prepare`, if given, changes every
     judgement before it is weighed and added up; `parts` tell what it was before.
@@ -107,9 +112,7 @@ class RewardJudge:
     A reward that raises fails for that batch: NaN, and once a line in the log. VARL's own errors (a missing engine, a wrong shape)
     and KeyboardInterrupt come out of the future instead. On CUDA pictures are judged on a stream of their own."""
 
-    def __init__(
-        self, parts: Mapping[str, tuple[float, RewardFn]], prepare: Callable[[Judgement, Sequence[Prompt]], Judgement] | None = None
-    ) -> None:
+    def __init__(self, parts: Mapping[str, tuple[float, RewardFn]], prepare: Prepare | None = None) -> None:
         if not parts:
             raise RewardError("no rewards: nothing to learn from. Name at least one.")
         self.parts, self.prepare = dict(parts), prepare
@@ -117,24 +120,25 @@ class RewardJudge:
         self._adder = ThreadPoolExecutor(1, thread_name_prefix="judge")
         self._complained: set[str] = set()
 
-    def submit(self, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt]) -> "Future[Judgement]":
+    def submit(self, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt], group: int | None = None) -> "Future[Judgement]":
         """Asks every reward now, and answers later."""
         drawn = torch.cuda.current_stream(images.device).record_event() if images.is_cuda else None
-        asked = {name: self._askers[name].submit(self._ask, name, images, prompts, drawn) for name in self.parts}
-        return self._adder.submit(lambda: self._add({name: future.result() for name, future in asked.items()}, prompts))
+        asked = {name: self._askers[name].submit(self._ask, name, images, prompts, group, drawn) for name in self.parts}
+        return self._adder.submit(lambda: self._add({name: future.result() for name, future in asked.items()}, prompts, group))
 
-    def _add(self, told: Mapping[str, Judgement], prompts: Sequence[Prompt]) -> Judgement:
+    def _add(self, told: Mapping[str, Judgement], prompts: Sequence[Prompt], group: int | None) -> Judgement:
         plain = combine({name: (self.parts[name][0], judgement) for name, judgement in told.items()})
         if self.prepare is None:
             return plain
-        mixed = combine({name: (self.parts[name][0], self.prepare(judgement, prompts)) for name, judgement in told.items()})
+        ready = {name: self.prepare(name, judgement, prompts, group) for name, judgement in told.items()}
+        mixed = combine({name: (self.parts[name][0], judgement) for name, judgement in ready.items()})
         return replace(mixed, parts=plain.parts)
 
     @torch.no_grad()
-    def _ask(self, name: str, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt], drawn: Any) -> Judgement:
+    def _ask(self, name: str, images: Float[Tensor, "B 3 H W"], prompts: Sequence[Prompt], group: int | None, drawn: Any) -> Judgement:
         with _beside(images, drawn):
             try:
-                return judge_now(self.parts[name][1], images, prompts)
+                return judge_now(self.parts[name][1], images, prompts, group)
             except VarlError:
                 raise
             except Exception as error:  # a reward of the user's own may raise anything; the run goes on and counts the failure

@@ -275,12 +275,13 @@ class Trainer:
             return STOPPED
         return None
 
-    def run(self, after: Callable[[Metrics], None]) -> str:
-        """Updates until finished; `after` is called with each step's metrics. SIGTERM and SIGINT finish the current step first. Returns why
-        it ended."""
+    def run(self, after: Callable[[Metrics], str | None]) -> str:
+        """Updates until finished; `after` is called with each step's metrics, and may answer why the run shall end there (the same on every
+        rank). SIGTERM and SIGINT finish the current step first. Returns why it ended."""
         with self._signals():
             while (reason := self.finished()) is None:
-                after(self.update())
+                if (reason := after(self.update())) is not None:
+                    break
         return reason
 
     @contextmanager
@@ -357,8 +358,8 @@ class TimedJudge:
     def __init__(self, judge: Judge, clock: Clock) -> None:
         self._judge, self._clock = judge, clock
 
-    def submit(self, images: Tensor, prompts: Sequence[Prompt]) -> Any:
-        return TimedFuture(self._judge.submit(images, prompts), self._clock)
+    def submit(self, images: Tensor, prompts: Sequence[Prompt], group: int | None = None) -> Any:
+        return TimedFuture(self._judge.submit(images, prompts, group), self._clock)
 
 
 class TimedFuture:
