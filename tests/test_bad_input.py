@@ -409,7 +409,7 @@ def test_a_probe_that_is_none(refused, here):
         (["--top-p", "0"], "top_p=0.0: must lie in (0, 1]; 1 keeps all tokens."),
         (["--top-k", "99"], "top_k=99 is more than the vocabulary of 16. Set 0 to keep all tokens."),
         (["--cfg", "1,2"], "cfg_scale has 2 values, the model 3 scales. Give one, or one per scale."),
-        (["--cfg", "much"], "--cfg 'much': must be numbers with commas between them, for example 1.0,0.8."),
+        (["--cfg", "much"], "--cfg 'much': must be a number, numbers with commas between them, or VAR's ramp, as var:4 is."),
         (["--style", "mono,sea,ink"], "has 3 attributes ['mono', 'sea', 'ink']; at most 2 fit. Drop some."),
         (["--style", "gothic"], "asks for style ['gothic'], which the encoder lacks."),
         (["--label", "3"], "label 3: this model reads text and knows no classes. Give --prompt."),
