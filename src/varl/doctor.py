@@ -156,3 +156,12 @@ def _from(look: Callable[[], str], name: str, otherwise: Literal["warn", "fail"]
         return Finding(name=name, verdict=otherwise, text=str(error))
     except Exception as error:  # a broken package may raise anything; that it does is the finding
         return Finding(name=name, verdict=otherwise, text=f"{type(error).__name__}: {error}")
+
+
+def commit() -> str | None:
+    """Of the checkout that this code lies in, with `-dirty` where it was changed; None outside of one, or without git."""
+    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

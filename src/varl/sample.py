@@ -1,6 +1,5 @@
 """Pictures from a model folder: to look at, to read, to hold against real ones, to lay before a benchmark's scorer."""
 
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -21,6 +20,7 @@ from varl.data.folder import read_folder
 from varl.data.fonts import FACES
 from varl.data.words import PALETTES
 from varl.distributed.mesh import torchrun_seat
+from varl.doctor import commit
 from varl.errors import ConfigError
 from varl.eval.benchmarks import BENCHMARKS, read_items
 from varl.eval.benchmarks.gallery import Gallery, Shard, draw_gallery
@@ -324,15 +324,6 @@ def draw_exhibition(shown: Exhibition, batch: int, shard: Shard, tick: Callable[
         shard=shard,
         tick=tick,
     )
-
-
-def commit() -> str | None:
-    """Of the checkout that this code lies in; None where it was installed from a package."""
-    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def await_pictures(gallery: Gallery, seconds: float = 1.0) -> None:

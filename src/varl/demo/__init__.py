@@ -5,7 +5,6 @@ Every part leaves its result in the run directory, so that the same command goes
 
 import json
 import os
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,15 +25,6 @@ def copy_gallery(out: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
             (folder / picture.name).write_bytes(picture.read_bytes())
     before, after = (json.loads((out / "eval" / side / "index.json").read_text()) for side in ("before", "after"))
     return before, after
-
-
-def commit() -> str | None:
-    """Of the checkout that VARL was installed from; None outside one."""
-    here = Path(__file__).parent
-    done = subprocess.run(
-        ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or None
 
 
 def available_cores() -> int:

@@ -15,8 +15,9 @@ from varl.build import build_reward, model_path, new_policy
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.folder import load_notes, replace_file
 from varl.config import ClassScoreConfig, GlyphsConfig, LawConfig, PretrainConfig, RunConfig
-from varl.demo import Say, Tick, available_cores, commit, threads
+from varl.demo import Say, Tick, available_cores, threads
 from varl.demo.letters import PLAIN, Results, best, gallery, half_width, measure, post_train, row
+from varl.doctor import commit
 from varl.eval.words import Sample
 from varl.pretrain.run import pretrain
 from varl.recipes import grpo, mar_grpo

@@ -13,8 +13,9 @@ from varl.build import build_judge, build_prompts, model_path, new_policy
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.folder import load_notes, replace_file
 from varl.config import GlyphsConfig, LawConfig, PretrainConfig, RunConfig
-from varl.demo import Say, Tick, available_cores, commit, threads
+from varl.demo import Say, Tick, available_cores, threads
 from varl.demo.letters import EVAL_SEED, PLAIN, Results, best, gallery, measure, post_train, row
+from varl.doctor import commit
 from varl.eval.pictures import teacher_forced_metrics
 from varl.pretrain.run import pretrain
 from varl.recipes import va_pi

@@ -12,7 +12,8 @@ from varl.build import build_prompts, model_path, new_policy
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.folder import load_notes, replace_file
 from varl.config import LawConfig, OCRConfig, PretrainConfig, RunConfig, WordsConfig
-from varl.demo import Say, Tick, available_cores, commit, copy_gallery, threads
+from varl.demo import Say, Tick, available_cores, copy_gallery, threads
+from varl.doctor import commit
 from varl.eval.words import Sample, draw_sample, reading_metrics, token_diversity
 from varl.pretrain.run import pretrain
 from varl.recipes import pretrain as pretrain_recipes
