@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributions import Normal, kl_divergence
 
 from varl.algorithms.mar_grpo import MARGRPO, narrowed
 from varl.config import DiffusionHeadConfig, GRPOConfig, KLConfig, LawConfig, MARConfig, MARGRPOConfig, UnmaskingConfig, ViTConfig
@@ -322,32 +323,34 @@ def test_derivatives_that_are_known():
 # ---- a reference
 
 
-def test_kl_to_itself_is_nothing_and_to_another_is_the_closed_form():
-    policy = make(target="velocity")
+@pytest.mark.parametrize("target", ["velocity", "noise"])
+def test_kl_to_itself_is_nothing_and_to_another_is_that_of_the_gaussians(target):
+    """From the policy to the reference, which is another number than back where the head says the variance too."""
+    policy = make(target=target)
     rollout = policy.rollout(PROMPTS, stream(4))
-    policy.reference = make(target="velocity").module
+    policy.reference = make(target=target).module
     score = policy.score(rollout)
     assert (score.kl == 0).all()
     torch.testing.assert_close(score.ref_logp, score.logp)
 
-    policy.reference = make(seed=1, target="velocity").module
+    policy.reference = make(seed=1, target=target).module
     policy.reference.diffloss.load_state_dict(policy.module.diffloss.state_dict())
-    score, process = policy.score(rollout), policy.module.denoiser(8).process
-    by_hand = torch.zeros(4, 6)
+    score, there, back = policy.score(rollout), torch.zeros(4, 6), torch.zeros(4, 6)
     with torch.no_grad():
         for i in range(3):
-            now = rollout.step == i
-            z = [policy._latents(m, *policy._condition(m, rollout.prompts), rollout.actions[:, :, -1], rollout.step >= i)
-                 for m in (policy.module, policy.reference)]  # fmt: skip
-            for n in range(1, 6):
-                means = [
-                    model.denoiser(8).law(rollout.actions[now][:, n], torch.full((int(now.sum()),), n),
-                                          model.denoiser(8).read(each.asked[now]), None, None)[0]
-                    for model, each in zip((policy.module, policy.reference), z, strict=True)
-                ]  # fmt: skip
-                by_hand[now] += ((means[0] - means[1]).square() / (2 * process.log_variances[7 - n].exp())).sum(-1).float()
-    torch.testing.assert_close(score.kl.detach(), by_hand, atol=1e-4, rtol=1e-4)
-    assert by_hand.min() > 0
+            now, laws = rollout.step == i, []
+            for model in (policy.module, policy.reference):
+                z = policy._latents(model, *policy._condition(model, rollout.prompts), rollout.actions[:, :, -1], rollout.step >= i)
+                head, moves = model.denoiser(8), torch.arange(1, 6).expand(int(now.sum()), -1)
+                read = head.read(z.asked[now]).repeat_interleave(5, 0)
+                mean, log_std = head.law(rollout.actions[now][:, 1:6].flatten(0, 1), moves.flatten(), read, None, None)
+                laws.append(Normal(mean, log_std.exp()))
+            there[now] = kl_divergence(*laws).sum(-1).unflatten(0, (-1, 5)).sum(1)
+            back[now] = kl_divergence(*laws[::-1]).sum(-1).unflatten(0, (-1, 5)).sum(1)
+    torch.testing.assert_close(score.kl.detach(), there, atol=1e-4, rtol=1e-4)
+    assert there.min() > 0
+    if target == "noise":
+        assert (there - back).abs().max() > 1e-3 * there.max()
 
 
 # ---- drawing again
