@@ -22,7 +22,7 @@ from tiny_objects import (
 from tiny_vision import save_clip
 from varl.build import build_reward
 from varl.checkpoints.objects import load_answerer, load_detector, scaling_of
-from varl.config import GenEvalConfig, GroundingDINOConfig, VQAConfig, WeightedReward
+from varl.config import GenEvalConfig, GroundingDINOConfig, VQAConfig
 from varl.errors import CheckpointError, ConfigError, RewardError
 from varl.models.detection import Detection, Detector, vocabulary
 from varl.models.vision import scale
@@ -382,7 +382,7 @@ def test_folders_of_something_else(tmp_path, folders):
 
 def test_prompts_that_cannot_be_judged(folders):
     geneval = GenEvalConfig(detector=str(folders["detr"]), clip=str(folders["clip"]))
-    rewards = {"g": WeightedReward(reward=geneval), "v": WeightedReward(reward=VQAConfig())}
+    rewards = {"rewards.g": geneval, "rewards.v": VQAConfig()}
 
     def problems(*prompts):
         found: list[str] = []

@@ -97,7 +97,7 @@ def transformer_config(
             f"{where} draws cells of {channels} channels, the autoencoder's have {tokenizer.channels}. Give the one it was trained with."
         )
     sizes = [told["image_base_size"], told["video_base_size"]]
-    if [len(size) if isinstance(size, list) else 0 for size in sizes] != [2, 3]:
+    if [len(size) if isinstance(size, list | tuple) else 0 for size in sizes] != [2, 3]:
         raise CheckpointError(
             f"{where}: config.json tells image_base_size={sizes[0]} and video_base_size={sizes[1]}: must be [h, w] and [frames, h, w] in "
             "tokens. Copy the folder again."
