@@ -6,7 +6,7 @@ import torch
 
 from tabular import InstantJudge, TabularPolicy, brightness, gradients
 from varl.algorithms.advantages import group_advantages, nan_std, part_advantages, sibling_advantages
-from varl.algorithms.grpo import GRPO, clipped_surrogate, judged, k1, k2, k3, log_ratio, normaliser
+from varl.algorithms.grpo import GRPO, by_step, clipped_surrogate, judged, k1, k2, k3, log_ratio, normaliser
 from varl.config import GRPOConfig
 from varl.errors import ConfigError
 from varl.rng import Stream
@@ -384,3 +384,15 @@ def test_ascent_improves_the_exact_return():
     best = torch.linspace(0.1, 1.2, 12).sum().item()
     assert before < 0.6 * best
     assert expected() > 0.9 * best
+
+
+def test_many_steps_are_told_in_blocks():
+    """40 steps in 8 blocks of 5, each under the name of its first; up to 32, one by one."""
+    step = torch.arange(40).flip(0)[None]
+    value, where = step.float(), step[0, :] != 7
+    told = by_step("x", value, where[None], step, 40)
+    assert list(told) == [f"x/step_{i}" for i in range(0, 40, 5)]
+    assert told["x/step_10"] == 12.0
+    assert told["x/step_5"] == pytest.approx((5 + 6 + 8 + 9) / 4)
+    assert by_step("x", value[:, 35:], where[None, 35:], step[:, 35:], 40) == {"x/step_0": 2.0}  # those of a prefix: the same blocks
+    assert by_step("x", value[:, 38:], where[None, 38:], step[:, 38:], 32) == {"x/step_0": 0.0, "x/step_1": 1.0}
