@@ -625,6 +625,8 @@ def test_a_command_draws_then_scores(folder, tmp_path, capfd):
         ("drawbench", ["--reward", "no.yaml"], "--reward no.yaml: there is no such file."),
         ("drawbench", ["--reward", "a={kind: ocr}", "--reward", "a=ocr"], "--reward a=ocr: the name a is taken."),
         ("drawbench", ["--reward", "dino"], "dino"),
+        ("drawbench", ["--reward", "ocr"], "--reward ocr: 3 of 3 prompts (the first: "),
+        ("hpsv3", ["--reward", "vqa"], "no objects to look for"),
         ("drawbench", ["--shard", "2/2"], "--shard '2/2': must be I/N with I from 0 to N - 1, for example 0/4."),
         ("drawbench", ["--steps", "4"], "unmasking: this model does not choose"),
         ("dpg", ["--samples", "2"], "--samples 2: the scorer of DPG-Bench takes 1 or 4 of each prompt."),

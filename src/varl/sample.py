@@ -23,6 +23,7 @@ from varl.distributed.mesh import torchrun_seat
 from varl.doctor import commit
 from varl.errors import ConfigError
 from varl.eval.benchmarks import BENCHMARKS, read_items
+from varl.eval.benchmarks.benchmark import by_value
 from varl.eval.benchmarks.gallery import Gallery, Shard, draw_gallery
 from varl.eval.benchmarks.score import ask_all, score_rows
 from varl.eval.draw import digest, draw_pictures
@@ -30,7 +31,7 @@ from varl.eval.features import Extractor
 from varl.eval.inception import load_inception
 from varl.eval.words import draw_sample, reading_metrics, token_diversity
 from varl.plan.families import require_readable
-from varl.plan.missing import judge_of
+from varl.plan.missing import check_objects, check_regions, judge_of
 from varl.policies.next_scale import NextScalePolicy
 from varl.probe import model_identity
 from varl.rewards.judge import judge_now
@@ -292,6 +293,13 @@ def plan_exhibition(
     require_readable([item.prompt for item in items], config)
     letters = {letter for item in items for word in item.prompt.words for letter in word.upper()}
     judges = {name: _reads(reward, letters) for name, reward in rewards.items()}
+    if benchmark.ask is by_value:  # the others ask about what they make of a prompt
+        problems: list[str] = []
+        asked = [item.prompt for item in items]
+        for check in (check_regions, check_objects):
+            check(problems, asked, {f"--reward {name}": reward for name, reward in judges.items()})
+        if problems:
+            raise ConfigError(problems[0])
     for name, reward in judges.items():
         judge_of(name, reward, None)
     gallery = Gallery(benchmark=benchmark, items=items, samples=count, folder=folder)
