@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from transformers import AutoImageProcessor, BertTokenizer
 
 from tiny_objects import (
@@ -22,11 +23,12 @@ from tiny_objects import (
 from tiny_vision import save_clip
 from varl.build import build_reward
 from varl.checkpoints.objects import load_answerer, load_detector, scaling_of
-from varl.config import GenEvalConfig, GroundingDINOConfig, VQAConfig
+from varl.config import GenEvalConfig, GroundingDINOConfig, PicturesConfig, RunConfig, VQAConfig, WeightedReward
 from varl.errors import CheckpointError, ConfigError, RewardError
 from varl.models.detection import Detection, Detector, vocabulary
 from varl.models.vision import scale
 from varl.plan.missing import check_objects, judge_of
+from varl.plan.rewards import try_rewards
 from varl.rewards.geneval import GenEval, conditions, graded, shares
 from varl.rewards.grounding_dino import GroundingDINO, iou, object_shares, placed, thinned
 from varl.rewards.judge import judge_now
@@ -433,3 +435,24 @@ def test_on_a_gpu_as_on_the_cpu(folders, kind):
     reward = build_reward(config)
     want = reward(IMAGES, prompts).value
     torch.testing.assert_close(reward(IMAGES.cuda(), prompts).value.cpu(), want, rtol=0, atol=1e-3)
+
+
+def test_they_are_tried_on_pictures_whose_lines_name_objects(folders, tmp_path):
+    """`varl reward-check` on a folder with prompts.jsonl, GenEval's lines among them."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    lines = [
+        '{"image": "0.png", "prompt": "a dog", "tag": "single_object", "include": [{"class": "dog", "count": 1}]}',
+        '{"image": "1.png", "text": "a red traffic light", "objects": [{"name": "traffic light", "colour": "red"}]}',
+    ]
+    (pictures / "prompts.jsonl").write_text("\n".join(lines))
+    for i in range(2):
+        Image.fromarray(BYTES[i].permute(1, 2, 0).numpy()).save(pictures / f"{i}.png")
+    geneval = GenEvalConfig(detector=str(folders["detr"]), clip=str(folders["clip"]))
+    rewards = {name: WeightedReward(reward=one) for name, one in {"g": geneval, "v": VQAConfig(model=str(folders["git"]))}.items()}
+    run = RunConfig(model="bundled:glyphs", data=PicturesConfig(path=str(pictures), image_size=(48, 64)), rewards=rewards)
+    found, asked = try_rewards(run, pictures, 2)
+    for tried in (found, asked):
+        assert tried.pictures.shape == tried.noise.shape == (2,)
+        assert ((tried.pictures >= 0) & (tried.pictures <= 1)).all()
+        assert tried.memory > 0
