@@ -142,16 +142,19 @@ def released_configs() -> dict[str, ModelConfig]:
 
 def test_parameters_and_sizes_are_counted():
     rows = re.findall(
-        r"^\| ([\w. -]+) \| .*?\| (\d+(?: x \d+)?)(?: \([^|]*)? \| ([\d,]+) \+ (\d+) \|", prose(ROOT / "docs" / "models.md"), re.M
+        r"^\| ([\w. -]+) \| .*?\| (\d+(?: x \d+)?)(?: \([^|]*)? \| ([\d,]+) \+ (\d+) \| ([\d.]+) \|",
+        prose(ROOT / "docs" / "models.md"),
+        re.M,
     )
-    said = {name: (size, transformer, tokenizer) for name, size, transformer, tokenizer in rows}
+    said = {name: (size, *counts, float(gib)) for name, size, *counts, gib in rows}
     found = {}
     for name, config in released_configs().items():
         with torch.device("meta"):
             pair = model_folder.fresh(config)
         h, w = config.image_size
-        counts = [f"{sum(p.numel() for p in module.parameters()) / 1e6:,.0f}" for module in pair]
-        found[name] = (str(h) if h == w else f"{h} x {w}", *counts)
+        weights = [sum(p.numel() for p in module.parameters()) for module in pair]
+        held = pytest.approx((16 * weights[0] + 4 * weights[1]) / 2**30, abs=0.06)
+        found[name] = (str(h) if h == w else f"{h} x {w}", *(f"{count / 1e6:,.0f}" for count in weights), held)
     assert said == found
 
 
