@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from tabular import InstantJudge, brightness
 from tiny import TINY, TINY_MAR, WIDE_RASTER, save_tiny, word_file, write_pictures
+from tiny_infinity import SQUARE
 from varl.build import PromptSets, build_algorithm, build_policy, build_prompts, new_policy
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.llamagen import released
@@ -40,7 +41,7 @@ from varl.config import (
 )
 from varl.data.folder import write_folder
 from varl.plan import format_plan, plan
-from varl.plan.cost import IN_CONTEXT, contexts_of, matmul_speed, optimizer_bytes, run_updates
+from varl.plan.cost import IN_CONTEXT, LOGIT_COPIES, contexts_of, matmul_speed, optimizer_bytes, run_updates, training_bytes
 from varl.plan.denoising import PATHS
 from varl.plan.families import MaskedFamily, autoencoder_cost, cost, decoder_cost, encoder_cost, family_of
 from varl.plan.words import in_bytes, in_time
@@ -853,3 +854,10 @@ def test_in_words(config):
         assert part in text
     assert [in_bytes(2.5e9), in_bytes(3e6)] == ["2.50 GB", "3.0 MB"]
     assert [in_time(0.25), in_time(75), in_time(7260)] == ["0.25 s", "1 min 15 s", "2 h 1 min"]
+
+
+def test_a_bit_has_two_logits():
+    """4 pictures of 1 + 4 tokens of 3 bits; of codes, as many as there are."""
+    bits = training_bytes(family_of(SQUARE), 2, 4, 4)["logits"]
+    codes = training_bytes(family_of(TINY), 2, 4, 4)["logits"]
+    assert (bits, codes) == (LOGIT_COPIES * 4 * 4 * 5 * 3 * 2, LOGIT_COPIES * 4 * 4 * 3 * 16)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from varl.build import needs_reference
-from varl.config import MARGRPOConfig, OptimConfig, PretrainConfig, RunConfig, VAPIConfig, VARRLConfig
+from varl.config import BSQConfig, MARGRPOConfig, OptimConfig, PretrainConfig, RunConfig, VAPIConfig, VARRLConfig
 from varl.errors import ConfigError
 from varl.models.classifier import Classifier
 from varl.plan.families import AnyFamily, Family, autoencoder_cost, classifier_cost, decoder_cost, encoder_cost
@@ -230,13 +230,15 @@ def run_memory(config: RunConfig, family: Family, m: int | None) -> dict[str, in
 
 def training_bytes(family: Family, steps: int, rows: int, size: int) -> dict[str, int]:
     """Of one micro-batch of the first `steps` steps."""
-    logits = _logits_at_once(rows, family.tokens(steps), family.model.config.tokenizer.vocab)
+    codes = family.model.config.tokenizer
+    choices = codes.bits if isinstance(codes, BSQConfig) else 1
+    logits = _logits_at_once(rows, family.tokens(steps) * choices, codes.vocab)
     return {"activations": rows * family.forward(steps).saved * size // 4, "logits": LOGIT_COPIES * 4 * logits}
 
 
-def _logits_at_once(rows: int, tokens: int, vocab: int) -> int:
-    """How many logits are held together; never less than a row's."""
-    return min(rows * tokens * vocab, max(CHUNK_ELEMENTS, tokens * vocab))
+def _logits_at_once(rows: int, choices: int, vocab: int) -> int:
+    """How many logits are held together, `choices` (tokens, or bits of tokens) a row; never less than a row's."""
+    return min(rows * choices * vocab, max(CHUNK_ELEMENTS, choices * vocab))
 
 
 def held(memory: dict[str, int]) -> dict[str, int]:
