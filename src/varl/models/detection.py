@@ -1,6 +1,7 @@
 """Detectors of objects as `transformers` has them, looking at pictures that stay on their device."""
 
 import difflib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -87,7 +88,7 @@ def corners(boxes: Float[Tensor, "*B 4"]) -> Float[Tensor, "*B 4"]:
     return torch.cat([middle - half, middle + half], -1).clamp(0, 1)
 
 
-class ClosedDetector(nn.Module):
+class ClosedDetector(nn.Module, ABC):
     """A detector of `transformers` that knows a fixed list of classes; frozen, in fp32."""
 
     def __init__(self, model: Any, scaling: Scaling, batch: int) -> None:
@@ -113,9 +114,9 @@ class ClosedDetector(nn.Module):
                 found.append(surest(self.read(out, row, places, limit, (images.shape[2], images.shape[3]))))
         return found
 
+    @abstractmethod
     def read(self, out: Any, row: int, places: Mapping[int, str], least: float, size: tuple[int, int]) -> list[Detection]:
         """What picture `row` shows of the classes at `places`, by the model's outputs."""
-        raise NotImplementedError
 
 
 class BoxDetector(ClosedDetector):

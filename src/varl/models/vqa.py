@@ -1,5 +1,6 @@
 """Models that answer questions about pictures, as `transformers` has them: how likely they say yes rather than no."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ QUESTION = 35
 """Tokens of a question, the first ones, that BLIP reads."""
 
 
-class Asked(nn.Module):
+class Asked(nn.Module, ABC):
     """A model with its tokenizer; frozen, in fp32. Each picture is encoded once, whatever it is asked."""
 
     def __init__(self, model: Any, tokenizer: Any, batch: int) -> None:
@@ -33,12 +34,12 @@ class Asked(nn.Module):
             self._questions[question] = self.tokenise(question)
         return self._questions[question]
 
-    def tokenise(self, question: str) -> list[int]:
-        raise NotImplementedError
+    @abstractmethod
+    def tokenise(self, question: str) -> list[int]: ...
 
+    @abstractmethod
     def answer(self, images: Float[Tensor, "B 3 H W"], ids: Int[Tensor, "Q B N"], there: Bool[Tensor, "Q B N"]) -> Float[Tensor, "Q B V"]:
         """Logits of the answer's first token, to Q questions about each picture."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def yes(self, images: Float[Tensor, "B 3 H W"], questions: Sequence[Sequence[str]]) -> list[Float[Tensor, " Q"]]:

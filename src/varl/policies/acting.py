@@ -1,6 +1,7 @@
 """What the policies of token models share: prompts of classes, laws that fit, what was drawn as a record, what is replayed as a score."""
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
@@ -73,7 +74,7 @@ def first_of_each(prompts: Sequence[Prompt], *read: Shaped[Tensor, "B ..."]) -> 
 Own = TypeVar("Own", bound="ActingPolicy")
 
 
-class ActingPolicy:
+class ActingPolicy(ABC):
     """What the policies of all families do alike; each has its own model, and says how it acts, scores and renders."""
 
     step_name: ClassVar[str]
@@ -86,19 +87,19 @@ class ActingPolicy:
     dtype: torch.dtype
 
     @property
-    def device(self) -> torch.device:
-        raise NotImplementedError
+    @abstractmethod
+    def device(self) -> torch.device: ...
 
-    def rollout(self, prompts: Sequence[Prompt], rng: Stream) -> Rollout:
-        raise NotImplementedError
+    @abstractmethod
+    def rollout(self, prompts: Sequence[Prompt], rng: Stream) -> Rollout: ...
 
+    @abstractmethod
     def render(self, rollout: Rollout) -> Float[Tensor, "B 3 H W"]:
         """What the tokenizer makes of it, meant to lie in [-1, 1] and not clamped."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _check_laws(self) -> None:
         """ConfigError for laws that do not fit the model."""
-        raise NotImplementedError
 
     def under(self: Own, law: LawConfig) -> Own:
         """The same weights, drawing and scoring under another law."""
@@ -132,8 +133,8 @@ class ActingPolicy:
 class TokenPolicy(ActingPolicy):
     """What the policies of models of a vocabulary do alike."""
 
-    def prefix(self, prompts: Sequence[Prompt], rng: Stream, *, steps: int) -> Rollout:
-        raise NotImplementedError
+    @abstractmethod
+    def prefix(self, prompts: Sequence[Prompt], rng: Stream, *, steps: int) -> Rollout: ...
 
     def rollout(self, prompts: Sequence[Prompt], rng: Stream) -> Rollout:
         return replace(self.prefix(prompts, rng, steps=self.layout.steps), state=None)

@@ -1,6 +1,7 @@
 """What the policies of next-scale models do alike: act scale by scale, stop at any scale, fork the cache there, replay in one pass."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -71,9 +72,9 @@ class ScalesPolicy(TokenPolicy):
     def device(self) -> torch.device:
         return self.module.pos_start.device
 
+    @abstractmethod
     def _condition(self, model: Any, prompts: Sequence[Prompt], guided: bool) -> Any:
         """One row per prompt (equal prompts are encoded once), then as many unconditional rows, if guided."""
-        raise NotImplementedError
 
     # -- choices and tokens ------------------------------------------------------------------------------------------------------------
 
