@@ -15,7 +15,7 @@ from varl.errors import ConfigError, DataError
 from varl.models.diffusion_head import noise_loss, noised, respaced, variance_loss, velocity
 from varl.models.mar import MAR
 from varl.pretrain.data import Shown, pictures
-from varl.pretrain.masked import AutoencoderPhase, MaskedPhase, denoising_losses, drawn, latent_moments, mask_share, posteriors, standardise
+from varl.pretrain.masked import LatentsPhase, MaskedPhase, denoising_losses, drawn, latent_moments, mask_share, posteriors, standardise
 from varl.pretrain.run import pretrain
 from varl.rng import generator
 from varl.tokenizers.kl import KL
@@ -242,7 +242,7 @@ def test_a_head_that_says_noise_learns_too(config, tmp_path):
 
 def test_an_autoencoder_must_be_trained(config):
     with pytest.raises(ConfigError, match="tokenizer_steps=0: the latents of an untrained autoencoder"):
-        AutoencoderPhase(replace(config, tokenizer_steps=0), fresh()[1], pictures(config), CPU)
+        LatentsPhase(replace(config, tokenizer_steps=0), fresh()[1], pictures(config), CPU)
 
 
 def test_a_prompt_that_it_cannot_read(config):

@@ -9,18 +9,18 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from varl.config import OptimConfig, PretrainConfig
+from varl.config import PretrainConfig
 from varl.errors import ConfigError
 from varl.models.infinity import Infinity
 from varl.policies.acting import CaptionEncoder
 from varl.policies.raster import pad_left, read_captions
+from varl.pretrain.autoencoder import AutoencoderPhase
 from varl.pretrain.data import Shown, batch_index, psnr, signed
 from varl.pretrain.family import Fit, fit_of
-from varl.pretrain.phase import Metrics, Stateless, descend
+from varl.pretrain.phase import Metrics, descend
 from varl.pretrain.transformer import TransformerPhase
 from varl.rng import Stream
 from varl.tokenizers.bsq import BSQ, Flip
-from varl.train.optim import build_optimizer
 from varl.types import Prompt
 
 COMMITMENT = 0.25
@@ -71,24 +71,14 @@ def autoencode(
     return bsq.render(f_hat), torch.stack(losses).mean(), codes
 
 
-class BitsPhase(Stateless):
+class BitsPhase(AutoencoderPhase):
     """Squared error of pictures decoded from their bits, and what makes the bits certain and varied."""
 
-    stage = "tokenizer"
+    latents = "bits"
 
     def __init__(self, config: PretrainConfig, bsq: BSQ, shown: Shown, device: torch.device) -> None:
-        self.config, self.bsq, self.images, self.device = config, bsq, shown.images, device
-        self.steps = config.tokenizer_steps
-        self.optim = OptimConfig(lr=config.tokenizer_lr, warmup_steps=20, schedule="linear")
-        self.optimizer = build_optimizer(bsq, self.optim)
-        if self.steps < 1:
-            raise ConfigError(
-                f"tokenizer_steps={self.steps}: the bits of an untrained autoencoder say nothing of a picture. Take more steps, or set "
-                "init to a model whose autoencoder is trained."
-            )
-
-    def begin(self) -> None:
-        pass
+        super().__init__(config, bsq, shown, device)
+        self.bsq = bsq
 
     def step(self, step: int) -> Metrics:
         config = self.config

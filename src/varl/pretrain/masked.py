@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from varl.config import OptimConfig, PretrainConfig
-from varl.errors import ConfigError
+from varl.config import PretrainConfig
 from varl.models.diffusion_head import (
     STEPS,
     DiffusionHead,
@@ -24,6 +23,7 @@ from varl.models.diffusion_head import (
 )
 from varl.models.mar import MAR, known, masked
 from varl.policies.acting import class_ids
+from varl.pretrain.autoencoder import AutoencoderPhase
 from varl.pretrain.data import Shown, batch_index, psnr, signed
 from varl.pretrain.phase import Metrics, Stateless, descend
 from varl.pretrain.transformer import precision, without_prompts
@@ -44,24 +44,14 @@ TIMES = 2
 # ---- the autoencoder ------------------------------------------------------------------------------------------------------------------
 
 
-class AutoencoderPhase(Stateless):
+class LatentsPhase(AutoencoderPhase):
     """Squared error of pictures decoded from draws, and a little of the posterior's KL. At its end the latents are standardised."""
 
-    stage = "tokenizer"
+    latents = "latents"
 
     def __init__(self, config: PretrainConfig, kl: KL, shown: Shown, device: torch.device) -> None:
-        self.config, self.kl, self.images, self.device = config, kl, shown.images, device
-        self.steps = config.tokenizer_steps
-        self.optim = OptimConfig(lr=config.tokenizer_lr, warmup_steps=20, schedule="linear")
-        self.optimizer = build_optimizer(kl, self.optim)
-        if self.steps < 1:
-            raise ConfigError(
-                f"tokenizer_steps={self.steps}: the latents of an untrained autoencoder say nothing of a picture. Take more steps, or set "
-                "init to a model whose autoencoder is trained."
-            )
-
-    def begin(self) -> None:
-        pass
+        super().__init__(config, kl, shown, device)
+        self.kl = kl
 
     def step(self, step: int) -> Metrics:
         config = self.config

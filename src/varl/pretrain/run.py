@@ -28,7 +28,7 @@ from varl.policies.acting import CaptionEncoder
 from varl.pretrain.classifier import ClassifierPhase
 from varl.pretrain.data import Shown, pictures
 from varl.pretrain.infinity import BitsPhase, CorrectingPhase, InfinityFamily
-from varl.pretrain.masked import AutoencoderPhase, MaskedPhase
+from varl.pretrain.masked import LatentsPhase, MaskedPhase
 from varl.pretrain.next_scale import NextScaleFamily
 from varl.pretrain.phase import Metrics, Phase
 from varl.pretrain.pixel_loss import PixelLossPhase
@@ -127,7 +127,7 @@ def phases(
         case (NOVA(), KL()):
             raise ConfigError(f"init={config.init!r}: holds a NOVA, which is not trained on here. Post-train it with `varl train`.")
         case (MAR() as model, KL() as kl):
-            before: list[Phase] = [AutoencoderPhase(config, kl, shown, device)] if config.trains_tokenizer else []
+            before: list[Phase] = [LatentsPhase(config, kl, shown, device)] if config.trains_tokenizer else []
             return [*before, MaskedPhase(config, model, kl, shown, device)]
         case _:
             assert_never(modules)
