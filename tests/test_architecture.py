@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "rng": "",
     "settings": "config errors",
     "types": "errors rng",
-    "models": "config errors",
+    "models": "config errors rng",
     "tokenizers": "config errors",
     "policies": "types config rng errors models tokenizers",
     "algorithms": "types config rng errors",

@@ -17,9 +17,21 @@ from PIL import Image
 from test_architecture import MAY_IMPORT
 from varl.checkpoints import infinity, llamagen, mar, nova
 from varl.checkpoints import model as model_folder
-from varl.config import ModelConfig, NextScaleConfig, NOVAConfig, NOVAHeadConfig, RunConfig, TextConfig, TokenizerConfig, ViTConfig
+from varl.config import (
+    LoraConfig,
+    ModelConfig,
+    NextScaleConfig,
+    NOVAConfig,
+    NOVAHeadConfig,
+    RunConfig,
+    TextConfig,
+    TokenizerConfig,
+    ViTConfig,
+)
 from varl.data.folder import read_folder, write_folder
 from varl.errors import ConfigError
+from varl.models.lora import chosen
+from varl.models.masked import MaskedModel
 from varl.models.next_scale import NextScale
 from varl.recipes import RECIPES, recipe
 from varl.recipes.pretrain import WORDS
@@ -142,19 +154,27 @@ def released_configs() -> dict[str, ModelConfig]:
 
 def test_parameters_and_sizes_are_counted():
     rows = re.findall(
-        r"^\| ([\w. -]+) \| .*?\| (\d+(?: x \d+)?)(?: \([^|]*)? \| ([\d,]+) \+ (\d+) \| ([\d.]+) \|",
+        r"^\| ([\w. -]+) \| .*?\| (\d+(?: x \d+)?)(?: \([^|]*)? \| ([\d,]+) \+ (\d+) \| ([\d.]+) \| ([\d.]+) \|",
         prose(ROOT / "docs" / "models.md"),
         re.M,
     )
-    said = {name: (size, *counts, float(gib)) for name, size, *counts, gib in rows}
+    said = {name: (size, *counts, float(gib), float(low)) for name, size, *counts, gib, low in rows}
     found = {}
     for name, config in released_configs().items():
         with torch.device("meta"):
             pair = model_folder.fresh(config)
         h, w = config.image_size
         weights = [sum(p.numel() for p in module.parameters()) for module in pair]
-        held = pytest.approx((16 * weights[0] + 4 * weights[1]) / 2**30, abs=0.06)
-        found[name] = (str(h) if h == w else f"{h} x {w}", *(f"{count / 1e6:,.0f}" for count in weights), held)
+        if isinstance(pair[0], MaskedModel):
+            pair[0].head.requires_grad_(False)
+        layers = [pair[0].get_submodule(layer) for layer in chosen(pair[0], LoraConfig())]
+        added = sum(LoraConfig().r * sum(layer.weight.shape) for layer in layers)
+        held = [(size + 4 * weights[1]) / 2**30 for size in (16 * weights[0], 4 * weights[0] + 16 * added)]
+        found[name] = (
+            str(h) if h == w else f"{h} x {w}",
+            *(f"{count / 1e6:,.0f}" for count in weights),
+            *(pytest.approx(size, abs=0.06) for size in held),
+        )
     assert said == found
 
 

@@ -445,16 +445,22 @@ def test_a_signal_finishes_the_step(tmp_path, number):
     assert signal.getsignal(number) is handler
 
 
-def insist(images, prompts):
-    for _ in range(2):
+def insisting(caplog):
+    """A reward that asks the run twice to stop."""
+
+    def reward(images, prompts):
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.2)  # the main thread sees the first before the second comes
-    return brightness(images, prompts)
+        while "finishing this step" not in caplog.text:  # two signals before the first is handled are one
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+        return brightness(images, prompts)
+
+    return reward
 
 
-def test_ctrl_c_twice_does_not_wait(tmp_path):
+def test_ctrl_c_twice_does_not_wait(tmp_path, caplog):
     handler = signal.getsignal(signal.SIGINT)
-    t, told = trainer(tmp_path, reward=insist), []
+    t, told = trainer(tmp_path, reward=insisting(caplog)), []
     before = weights(t)
     with pytest.raises(KeyboardInterrupt):
         t.run(told.append)
@@ -463,8 +469,8 @@ def test_ctrl_c_twice_does_not_wait(tmp_path):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_under_torchrun_which_repeats_every_signal_the_step_is_finished(tmp_path):
-    t, told = trainer(tmp_path, reward=insist), []
+def test_under_torchrun_which_repeats_every_signal_the_step_is_finished(tmp_path, caplog):
+    t, told = trainer(tmp_path, reward=insisting(caplog)), []
     t.world = World(rank=0, size=2)
     assert t.run(told.append) == STOPPED
     assert [m["step"] for m in told] == [1]

@@ -73,6 +73,7 @@ from varl.data.token_cache import TokenCache, tokenizer_key
 from varl.data.words import prompts as word_prompts
 from varl.data.words import split, word_list
 from varl.errors import ConfigError, DataError
+from varl.models import lora
 from varl.models.harmon import Harmon
 from varl.models.infinity import Infinity
 from varl.models.janus import Janus
@@ -116,16 +117,23 @@ PROMPTS = 20000
 
 
 def build_policy(config: RunConfig, device: torch.device, *, reference: bool) -> AnyPolicy:
-    """The model and its tokenizer, on the device, with a frozen copy as reference where KL needs one (of which what does not learn is no
-    copy), and with the tokens of pictures that were encoded before where the data says where they are kept."""
+    """The model and its tokenizer, on the device; with adapters where the config asks for them; with a frozen copy as reference where KL
+    needs one (of which what does not learn is no copy: beside adapters nothing is); with the tokens of pictures that were encoded before
+    where the data says where they are kept."""
     dtype = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
     pair = model_folder.load(model_path(config.model))
     policy = new_policy(pair, device, config.sample_law, config.score_law, dtype, config.unmasking)
     if isinstance(policy, MaskedPolicy):
-        policy.train_head(trains_head(config.algorithm))
+        policy.train_head(trains_head(config))
+    adapters = config.train.lora
+    adapted = None if adapters is None else lora.chosen(policy.module, adapters)
     if reference:
-        fixed: dict[int, Any] = {id(p): p for p in policy.module.parameters() if not p.requires_grad}
+        learning = {id(p) for p in policy.module.parameters() if p.requires_grad and adapters is None}
+        whole = getattr(policy.module, "whole", policy.module)  # of a Janus or a Harmon it has more parts
+        fixed: dict[int, Any] = {id(p): p for part in (policy.module, whole) for p in part.parameters() if id(p) not in learning}
         policy.reference = copy.deepcopy(policy.module, fixed).eval().requires_grad_(False)  # type: ignore[assignment]
+    if adapters is not None and adapted is not None:
+        lora.adapt(policy.module, adapted, adapters, config.seed)
     if isinstance(policy, RasterPolicy) and isinstance(config.data, PicturesConfig) and config.data.tokens is not None:
         key = tokenizer_key(policy.tokenizer.state_dict(), to_yaml(policy.tokenizer.config))
         policy.tokens = TokenCache(config.data.tokens, tokenizer=key, name=config.model).ids
@@ -175,9 +183,10 @@ def new_policy(
     assert_never(pair)
 
 
-def trains_head(config: AlgorithmConfig) -> bool:
+def trains_head(config: RunConfig) -> bool:
     """Whether the diffusion head of a masked model learns too."""
-    return not isinstance(config, MARGRPOConfig) or config.train_head
+    algorithm = config.algorithm
+    return config.train.lora is None and (not isinstance(algorithm, MARGRPOConfig) or algorithm.train_head)
 
 
 def require_unmasking(config: ActingConfig, unmasking: UnmaskingConfig | None) -> None:

@@ -893,5 +893,26 @@ def convert(
     typer.echo(str(model_folder.save(out, model, vq, {"converted": [transformer.name, tokenizer.name], "ema": ema})))
 
 
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The `adapter/` of a run, or another LoRA as peft keeps it.")],
+    out: Annotated[Path, typer.Option("--out", help="The model folder.")],
+    model: Annotated[str | None, typer.Option(metavar="MODEL", help="What it was trained on, where that lies elsewhere now.")] = None,
+) -> None:
+    """Adapters and the model they were trained on as a model folder."""
+    from varl.checkpoints import adapter as adapter_folder
+    from varl.checkpoints import model as model_folder
+    from varl.checkpoints.folder import refuse_strange
+    from varl.models.lora import merged, require_peft
+
+    require_peft()
+    refuse_strange(out)
+    base = model or adapter_folder.base_of(adapter)
+    transformer, tokenizer = model_folder.load(model_folder.model_path(base))
+    adapter_folder.load(adapter, transformer)
+    with merged(transformer):
+        typer.echo(str(model_folder.save(out, transformer, tokenizer, {"base": base, "adapter": str(adapter)})))
+
+
 if __name__ == "__main__":
     main()

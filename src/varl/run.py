@@ -30,20 +30,25 @@ from varl.build import (
     demand_texts,
     needs_reference,
 )
+from varl.checkpoints import adapter, hugging_face, run_state
 from varl.checkpoints import model as model_folder
-from varl.checkpoints import run_state
 from varl.checkpoints.folder import replace_file
+from varl.checkpoints.model import model_path
 from varl.checkpoints.vision import files_of
-from varl.config import PICTURE_MEASURES, NetworkRewardConfig, RunConfig, VAPIConfig, VARRLConfig
+from varl.config import PICTURE_MEASURES, LoraConfig, NetworkRewardConfig, RunConfig, VAPIConfig, VARRLConfig
 from varl.distributed import mesh
 from varl.distributed.reduce import all_sum
-from varl.errors import ConfigError
+from varl.errors import CheckpointError, ConfigError
 from varl.eval.pictures import teacher_forced_metrics
 from varl.eval.words import draw_sample, reading_metrics, token_diversity
+from varl.models.lora import chosen, merged, require_peft
+from varl.models.masked import MaskedModel
+from varl.plan.missing import pair_of
 from varl.rng import Stream
 from varl.train.loop import STOPPED, Metrics, Progress, Trainer
 from varl.train.monitor import Monitor
 from varl.train.record import RunDirectory, save_picture
+from varl.train.weights import fill, trained
 from varl.types import WATCHED, Judge, Judgement, Policy, Prompt, TeacherForcedPolicy, TrainBatch
 
 log = logging.getLogger("varl")
@@ -102,7 +107,8 @@ def _train(config: RunConfig, out: Path, tick: Tick, seat: mesh.Seat) -> Outcome
         learners: Learners = {"monitor": monitor}
         if isinstance(judge.prepare, RunningScale):
             learners["mixing"] = judge.prepare
-        restore(trainer, run, checkpoints, learners)
+        base = hugging_face.identity(model_path(config.model))
+        restore(trainer, run, checkpoints, learners, base)
         begun = trainer.progress.step
         watch = Watch(config, policy, judge, prompts, run, trainer)
         if run.writer and config.train.image_every and trainer.progress.step == 0:
@@ -121,7 +127,7 @@ def _train(config: RunConfig, out: Path, tick: Tick, seat: mesh.Seat) -> Outcome
                     log.warning("alarm: %s", monitor.alarm)
                     run.event("alarm", str(monitor.alarm))
                 if step % config.train.save_every == 0:
-                    save(trainer, checkpoints, config.train.keep, learners)
+                    save(trainer, checkpoints, config.train.keep, learners, base)
             mesh.barrier()
             tick(metrics)
             return stop()
@@ -132,9 +138,12 @@ def _train(config: RunConfig, out: Path, tick: Tick, seat: mesh.Seat) -> Outcome
             trainer.progress.cpu_seconds += all_sum(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - children).item()
         if run.writer:
             run.event("stop", reason)
-            save(trainer, checkpoints, config.train.keep, learners)
+            save(trainer, checkpoints, config.train.keep, learners, base)
             with trainer.ema.swapped(policy.module) if trainer.ema else nullcontext():
-                model_folder.save(out / "model", built.module, built.tokenizer, notes(trainer, config))
+                if config.train.lora is not None:
+                    adapter.save(out / "adapter", policy.module, config.train.lora, base=config.model)
+                with merged(policy.module):
+                    model_folder.save(out / "model", built.module, built.tokenizer, notes(trainer, config))
         return Outcome(reason=reason, model=out / "model", done=reason != STOPPED, progress=trainer.progress)
 
 
@@ -149,6 +158,8 @@ def check(config: RunConfig, out: Path, prompts: PromptSets, world: mesh.World) 
             f"train.prompts_per_step={config.train.prompts_per_step}: {world.size} processes would share them, and a process without a "
             f"prompt has nothing to do. Set it to {world.size} or more, or start fewer processes."
         )
+    if config.train.lora is not None:
+        require_adaptable(config.model, config.train.lora)
     for place, reward in config.asked.items():
         demand_texts(place, reward, [*prompts.train, *prompts.heldout])
         if isinstance(reward, NetworkRewardConfig):
@@ -157,6 +168,15 @@ def check(config: RunConfig, out: Path, prompts: PromptSets, world: mesh.World) 
         raise ConfigError(
             f"eval.every={config.eval.every}, but the data holds no prompts for evaluation. Set data.heldout, or eval.every=0."
         )
+
+
+def require_adaptable(name: str, config: LoraConfig) -> None:
+    """ConfigError where peft is missing, or the adapters do not fit the model, of which no weight is loaded."""
+    require_peft()
+    model = pair_of(name)[0]
+    if isinstance(model, MaskedModel):
+        model.head.requires_grad_(False)
+    chosen(model, config)
 
 
 def watched(config: RunConfig) -> dict[str, float]:
@@ -185,22 +205,29 @@ class Learner(Protocol):
 Learners = dict[str, Learner]
 
 
-def save(trainer: Trainer, checkpoints: Path, keep: int, learners: Learners) -> None:
-    """All that makes the rest of the run bit-identical to one that was never interrupted."""
-    tensors: dict[str, Any] = {"model": trainer.policy.module.state_dict(), "optimizer": trainer.optimizer.state_dict()}
+def save(trainer: Trainer, checkpoints: Path, keep: int, learners: Learners, base: str) -> None:
+    """All that makes the rest of the run bit-identical to one that was never interrupted, but what is not trained: that is the model's that
+    the run began with, which `base` identifies."""
+    tensors: dict[str, Any] = {"model": trained(trainer.policy.module), "optimizer": trainer.optimizer.state_dict()}
     if trainer.ema is not None:
         tensors["ema"] = trainer.ema.state_dict()
     controller = getattr(trainer.algorithm, "state_dict", dict)()
     learned = {name: learner.state_dict() for name, learner in learners.items()}
-    plain = {"progress": asdict(trainer.progress), "algorithm": controller, "learners": learned}
+    plain = {"progress": asdict(trainer.progress), "algorithm": controller, "learners": learned, "base": base}
     run_state.save(checkpoints, trainer.progress.step, tensors, plain, keep)
 
 
-def restore(trainer: Trainer, run: RunDirectory, checkpoints: Path, learners: Learners) -> None:
-    """Goes on from the newest whole checkpoint, if there is one; what was logged after it is cut off, for it will happen again."""
+def restore(trainer: Trainer, run: RunDirectory, checkpoints: Path, learners: Learners, base: str) -> None:
+    """Goes on from the newest whole checkpoint, if there is one; what was logged after it is cut off, for it will happen again.
+    CheckpointError where the model that the run began with is not `base`."""
     state = run_state.load_latest(checkpoints)
     if state is not None:
-        trainer.policy.module.load_state_dict(state.tensors["model"])
+        if state.extra["base"] != base:
+            raise CheckpointError(
+                f"{state.path}: the run began with another model than is now where the config's `model` says, and what a run does not "
+                "train is taken from there. Put the old one back, or start afresh with another --out."
+            )
+        fill(trained(trainer.policy.module), state.tensors["model"])
         trainer.optimizer.load_state_dict(state.tensors["optimizer"])
         if trainer.ema is not None:
             trainer.ema.load_state_dict(state.tensors["ema"])
@@ -208,8 +235,7 @@ def restore(trainer: Trainer, run: RunDirectory, checkpoints: Path, learners: Le
         if state.extra["algorithm"]:
             trainer.algorithm.load_state_dict(state.extra["algorithm"])  # type: ignore[attr-defined]
         for name, learner in learners.items():
-            if name in state.extra.get("learners", {}):  # older checkpoints have none
-                learner.load_state_dict(state.extra["learners"][name])
+            learner.load_state_dict(state.extra["learners"][name])
     run.truncate(trainer.progress.step)
     if state is not None:
         for name in state.refused:

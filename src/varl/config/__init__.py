@@ -43,7 +43,7 @@ from varl.config.rewards import (
     VQAConfig,
     WeightedReward,
 )
-from varl.config.run import EvalConfig, OptimConfig, RunConfig, TrainConfig
+from varl.config.run import EvalConfig, LoraConfig, OptimConfig, RunConfig, TrainConfig
 from varl.config.text import CaptionConfig, TextConfig
 
 __all__ = [
@@ -77,6 +77,7 @@ __all__ = [
     "JanusConfig",
     "KLConfig",
     "LawConfig",
+    "LoraConfig",
     "MARConfig",
     "MARGRPOConfig",
     "MiddleStep",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from varl.config.algorithms import AlgorithmConfig, GRPOConfig, VAPIConfig
+from varl.config.algorithms import AlgorithmConfig, GRPOConfig, MARGRPOConfig, VAPIConfig
 from varl.config.data import DataConfig, WordsConfig
 from varl.config.demand import demand
 from varl.config.laws import LawConfig, UnmaskingConfig
@@ -35,6 +35,23 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685), trained in the place of the weights, which stay as they are."""
+
+    r: int = 32
+    """Rank."""
+    lora_alpha: float = 32.0
+    """An adapter's product is scaled by lora_alpha / r. Learning rates are some ten times those of the weights themselves."""
+    target_modules: tuple[str, ...] = ()
+    """Linear layers by name, or by the last parts of their names, such as `attn.mat_qkv`; none: all in the transformer's blocks that would
+    be trained without adapters."""
+
+    def __post_init__(self) -> None:
+        demand("lora.r", self.r, self.r >= 1, "1 or more")
+        demand("lora.lora_alpha", self.lora_alpha, self.lora_alpha > 0, "above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvalConfig:
     every: int = 0
     """Steps between held-out evaluations during training; 0 is never."""
@@ -59,6 +76,8 @@ class TrainConfig:
     rollouts_per_backward: int = 64
     """Micro-batch. Changes memory, not results."""
     optim: OptimConfig = OptimConfig()
+    lora: LoraConfig | None = None
+    """Trains adapters of the transformer; the head of a masked model then stays frozen. None trains the weights."""
     ema_decay: float = 0.0
     """0 keeps no moving average."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -116,6 +135,11 @@ class RunConfig:
                 raise ConfigError(
                     f"monitor.held_out.{held}: is rewards.{learned[0]}, which is learned from. Hold out another, or give that one weight 0."
                 )
+        if self.train.lora is not None and isinstance(self.algorithm, MARGRPOConfig) and self.algorithm.train_head:
+            raise ConfigError(
+                "train.lora with mar_grpo.train_head=true: adapters are the transformer's, and the head stays frozen beside them. Leave "
+                "one of the two out."
+            )
         if not self.score_law.top_k and self.score_law.top_p == 1:
             return
         filtered = f"score_law.top_k={self.score_law.top_k}, top_p={self.score_law.top_p}"

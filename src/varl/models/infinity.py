@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from varl.config import InfinityConfig
-from varl.models.layers import KVCache
+from varl.models.layers import GivenBias, KVCache
 from varl.models.next_scale import FFN, NORM_EPS, HeadNorm, NextScale, SelfAttention
 from varl.models.raster import rotations
 
@@ -67,13 +67,13 @@ class CaptionAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.mat_q = query
-        self.mat_kv = nn.Linear(captions, 2 * width, bias=False)
+        self.mat_kv = GivenBias(captions, 2 * width)
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
     def remember(self, tokens: Float[Tensor, "N n C"]) -> tuple[Tensor, Tensor]:
         bias = torch.cat([torch.zeros_like(self.v_bias), self.v_bias])
-        k, v = F.linear(tokens, self.mat_kv.weight, bias).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        k, v = self.mat_kv(tokens, bias).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return k, v
 
     def attend(self, q: Float[Tensor, "B heads l d"], memory: tuple[Tensor, Tensor], mask: Tensor | None) -> Float[Tensor, "B l D"]:

@@ -1,8 +1,9 @@
 """What the transformers of all families share."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def autocasts(device: torch.device) -> bool:
@@ -14,6 +15,16 @@ def rotate(x: Float[Tensor, "B heads l d"], by: Float[Tensor, "... l pairs 2"]) 
     """Neighbouring channels (2i, 2i + 1) turned as pairs by the angles whose (cos, sin) are given, in fp32."""
     turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * torch.view_as_complex(by)
     return torch.view_as_real(turned).flatten(-2).type_as(x)
+
+
+class GivenBias(nn.Linear):
+    """A linear layer whose bias is kept elsewhere, under its released name, and comes with the input."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__(before, after, bias=False)
+
+    def forward(self, x: Float[Tensor, "*B before"], bias: Float[Tensor, " after"]) -> Float[Tensor, "*B after"]:  # type: ignore[override]
+        return F.linear(x, self.weight, bias)
 
 
 class KVCache:

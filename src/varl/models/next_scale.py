@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from varl.config import NextScaleConfig, TextConfig
-from varl.models.layers import KVCache, rotate
+from varl.models.layers import GivenBias, KVCache, rotate
 
 NORM_EPS = 1e-6
 MAX_LOG_SCALE = 4.605170185988092  # log 100
@@ -59,13 +59,13 @@ class SelfAttention(nn.Module):
         self.scale = 1.0 if l2_norm else 0.25 / (width // heads) ** 0.5
         if l2_norm:
             self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), 4.0).log())
-        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.mat_qkv = GivenBias(width, 3 * width)
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
     def qkv(self, x: Float[Tensor, "B l D"], turns: Float[Tensor, "l pairs 2"] | None) -> tuple[Tensor, Tensor, Tensor]:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        q, k, v = F.linear(x, self.mat_qkv.weight, bias).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.mat_qkv(x, bias).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         if self.l2_norm:
             q = F.normalize(q, dim=-1) * self.scale_mul_1H11.clamp(max=MAX_LOG_SCALE).exp()
             k = F.normalize(k, dim=-1)

@@ -9,11 +9,14 @@ from varl.algorithms.var_rl import VARRL
 from varl.build import build_algorithm, caption_encoder, demand_texts, new_policy, trains_head
 from varl.config import ClassifierConfig, FolderConfig, MARConfig, PicturesConfig, PretrainConfig, RunConfig, UnmaskingConfig, WordsConfig
 from varl.models.classifier import Classifier
+from varl.models.lora import adapters, with_adapters
 from varl.plan.cost import (
     classifier_memory,
     classifier_updates,
     device_memory,
     device_of,
+    held,
+    learned,
     matmul_speed,
     pretraining_memory,
     pretraining_updates,
@@ -50,15 +53,15 @@ __all__ = ["Plan", "device_of", "format_plan", "plan"]
 def plan(config: RunConfig | PretrainConfig, *, calibrate: bool = True) -> Plan:
     """The plan of a run. `calibrate` measures the speed of a matrix product for 0.2 s, to say how long it takes at least.
 
-        memory = weights 4N + gradients 4N + optimizer (AdamW 8N, Muon 4 per weight of a matrix inside blocks) + tokenizer 4N'
-               + reference 4N + moving average 4N                                                    where there are any
+        memory = weights 4N + gradients 4T + optimizer (AdamW 8T, Muon 4 per weight of a matrix inside blocks) + tokenizer 4N'
+               + reference 4T (none beside adapters) + moving average 4T                             where there are any
                + rollout   key-value cache 2 x depth x width x L x rows x (4, bf16 2), rows doubled by guidance; of VA-pi
                            4 copies of a chunk of logits instead
                + training  what autograd saves in one micro-batch (counted; half in bf16), and 3 copies of a chunk of logits
 
-    N parameters, L tokens of a picture; bytes. Rows that share a forward pass, as VA-pi's do, count once. Of rollout and training only the
-    larger where a step is one chunk: else the next chunk is drawn while one is trained on. Operations are counted by torch on the meta
-    device, a training pass as 3 forward passes."""
+    N parameters, T of them trained, L tokens of a picture; bytes. Rows that share a forward pass, as VA-pi's do, count once. Of rollout and
+    training only the larger where a step is one chunk: else the next chunk is drawn while one is trained on. Operations are counted by
+    torch on the meta device, a training pass as 3 forward passes, or beside adapters as 2."""
     if isinstance(config, PretrainConfig):
         return _of_pretraining(config, calibrate)
     return _of_run(config, calibrate)
@@ -86,7 +89,9 @@ def _of_run(config: RunConfig, calibrate: bool) -> Plan:
     model_config = pair[0].config
     policy = attempt(problems, new_policy, pair, sample_law=config.sample_law, score_law=config.score_law, unmasking=config.unmasking)
     if isinstance(policy, MaskedPolicy):
-        policy.train_head(trains_head(config.algorithm))
+        policy.train_head(trains_head(config))
+    if policy is not None and config.train.lora is not None:
+        attempt(problems, with_adapters, policy.module, config.train.lora)
     check_prompts(problems, data.prompts, model_config)
     algorithm = None if policy is None else attempt(problems, build_algorithm, config.algorithm, policy, data.pictures)
     m = attempt(problems, algorithm.middle, policy.layout) if policy and isinstance(algorithm, VARRL) else None
@@ -97,7 +102,7 @@ def _of_run(config: RunConfig, calibrate: bool) -> Plan:
         )
     else:
         check_size(problems, config.data, model_config)
-    family = attempt(problems, family_of_pair, pair, config.unmasking, head_learns=trains_head(config.algorithm))
+    family = attempt(problems, family_of_pair, pair, config.unmasking, head_learns=trains_head(config))
     if family is None or algorithm is None or (isinstance(algorithm, VARRL) and m is None):
         return Plan(problems=tuple(problems), warnings=tuple(warnings), rewards=said, layout=None if family is None else family.layout)
     if isinstance(family, MaskedFamily):
@@ -162,7 +167,9 @@ def _of_pretraining(config: PretrainConfig, calibrate: bool) -> Plan:
 
 
 def _parameters(family: AnyFamily) -> dict[str, int]:
-    return {"transformer": weights_of(family.model), "tokenizer": weights_of(family.tokenizer)}
+    added = learned(family.model) if adapters(family.model) else 0
+    transformer = {"transformer": weights_of(family.model) - added, "adapters": added}
+    return held(transformer | {"tokenizer": weights_of(family.tokenizer)})
 
 
 def _finished(plan: Plan, device: torch.device, dtype: str, width: int, calibrate: bool) -> Plan:
@@ -171,11 +178,11 @@ def _finished(plan: Plan, device: torch.device, dtype: str, width: int, calibrat
     if calibrate:
         speed = matmul_speed(device, torch.bfloat16 if dtype == "bfloat16" else torch.float32, width)
         seconds = plan.total(lambda update: sum(update.flops.values())) / speed
-    held = sum(plan.memory.values())
-    if held > plan.available:
+    needed = sum(plan.memory.values())
+    if needed > plan.available:
         warnings = (
             *warnings,
-            f"about {in_bytes(held)} would be held, and the {device.type} has {in_bytes(plan.available)}: lower rollouts_per_backward and "
-            "rollouts_per_chunk.",
+            f"about {in_bytes(needed)} would be held, and the {device.type} has {in_bytes(plan.available)}: lower rollouts_per_backward "
+            "and rollouts_per_chunk.",
         )
     return replace(plan, seconds=seconds, warnings=warnings)

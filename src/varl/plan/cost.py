@@ -18,6 +18,8 @@ from varl.train.optim import build_optimizer
 
 FORWARD_AND_BACKWARD = 3
 """A training pass, in forward passes: the backward pass multiplies twice as much."""
+ONLY_THROUGH = 2
+"""The same where adapters are trained: through the weights, but for none of them."""
 LOGIT_COPIES = 3
 """Logits, their log-softmax and their gradient."""
 DRAWN_COPIES = 4
@@ -170,8 +172,12 @@ def branches(config: RunConfig) -> int:
 
 def _passes(config: RunConfig) -> int:
     """Training on a row, in forward passes; with the reference's, which makes no gradient."""
-    once = FORWARD_AND_BACKWARD + needs_reference(config.algorithm)
-    return config.algorithm.grpo.num_iterations * (2 if config.score_law.guided else 1) * once
+    return config.algorithm.grpo.num_iterations * (2 if config.score_law.guided else 1) * passes_over(config)
+
+
+def passes_over(config: RunConfig) -> int:
+    """Of the transformer's, in forward passes, the reference's included."""
+    return (FORWARD_AND_BACKWARD if config.train.lora is None else ONLY_THROUGH) + needs_reference(config.algorithm)
 
 
 def further_rows(algorithm: MARGRPOConfig) -> int:
@@ -207,15 +213,7 @@ def run_memory(config: RunConfig, family: Family, m: int | None) -> dict[str, in
     chunk = min(max(1, grpo.rollouts_per_chunk // group), config.train.prompts_per_step) * group
     whole_pictures = not isinstance(algorithm, VARRLConfig) or algorithm.suffix_updates > 0 or algorithm.tree_reuse
     steps = layout.steps if whole_pictures or m is None else m
-    weights = 4 * weights_of(model)
-    memory = {
-        "weights": weights,
-        "gradients": weights,
-        "optimizer": optimizer_bytes(model, config.train.optim),
-        "tokenizer": 4 * weights_of(family.tokenizer),
-        "reference": weights * needs_reference(algorithm),
-        "moving average": weights * (config.train.ema_decay > 0),
-    }
+    memory = weights_held(config, family)
     if isinstance(algorithm, VAPIConfig):
         rows = max(max(chunk) for chunk in contexts_of(config, algorithm, family.layout.steps))
         drawing = {"drawing": DRAWN_COPIES * 4 * _logits_at_once(chunk // group, layout.tokens, c.tokenizer.vocab)}
@@ -226,6 +224,19 @@ def run_memory(config: RunConfig, family: Family, m: int | None) -> dict[str, in
     if chunk < config.train.prompts_per_step * group:  # the next chunk is drawn while one is trained on
         return held(memory | drawing | training)
     return held(memory | max(drawing, training, key=lambda part: sum(part.values())))
+
+
+def weights_held(config: RunConfig, family: AnyFamily) -> dict[str, int]:
+    """Bytes of what lasts the whole run. What is not trained is the reference's too."""
+    model, moving = family.model, 4 * learned(family.model)
+    return {
+        "weights": 4 * weights_of(model),
+        "gradients": moving,
+        "optimizer": optimizer_bytes(model, config.train.optim),
+        "tokenizer": 4 * weights_of(family.tokenizer),
+        "reference": moving * (needs_reference(config.algorithm) and config.train.lora is None),
+        "moving average": moving * (config.train.ema_decay > 0),
+    }
 
 
 def training_bytes(family: Family, steps: int, rows: int, size: int) -> dict[str, int]:

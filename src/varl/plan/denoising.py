@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from varl.algorithms.mar_grpo import require_moves, require_steps
-from varl.build import needs_reference
+from varl.build import needs_reference, trains_head
 from varl.config import GRPOConfig, MARGRPOConfig, PretrainConfig, RunConfig
 from varl.plan.cost import (
     FORWARD_AND_BACKWARD,
@@ -14,10 +14,9 @@ from varl.plan.cost import (
     contexts_of,
     further_rows,
     held,
-    learned,
-    optimizer_bytes,
+    passes_over,
     pretraining_weights,
-    weights_of,
+    weights_held,
 )
 from varl.plan.families import MaskedFamily, autoencoder_cost, decoder_cost
 from varl.policies.masked import HEAD_COPIES
@@ -31,10 +30,10 @@ QUANTILES = 64
 
 
 def denoising_of(config: RunConfig) -> MARGRPOConfig:
-    """The algorithm; GRPO is MAR-GRPO on all steps and moves, of a head that learns too, without further paths."""
+    """The algorithm; GRPO is MAR-GRPO on all steps and moves, without further paths, and of a head that learns too unless adapters do."""
     algorithm = config.algorithm
     if isinstance(algorithm, GRPOConfig):
-        return MARGRPOConfig(grpo=algorithm, ar_steps=0, denoise_moves=0, num_trajectories=0, train_head=True)
+        return MARGRPOConfig(grpo=algorithm, ar_steps=0, denoise_moves=0, num_trajectories=0, train_head=trains_head(config))
     assert isinstance(algorithm, MARGRPOConfig)  # no other can be built on a masked model
     return algorithm
 
@@ -127,7 +126,6 @@ class Denoising:
         head k moves of their tokens with the gradient to the latents, of the log-density and of the KL, or if it learns to its weights
         too."""
         family, learns = self.family, self.algorithm.train_head
-        passes = FORWARD_AND_BACKWARD + self.reference
         contexts = sum(self.micro_batches) * self.pictures / (self.prompts * self.per_prompt)
         conditions = sum(-(-rows // self.per_prompt) + self.guided - 1 for rows in self.micro_batches)
         transformer = conditions * family.condition().flops + contexts * self.scored_guided * self.over_steps(self.seeing)
@@ -137,7 +135,7 @@ class Denoising:
         tokens = self.trained_tokens() * (1 + self.further)
         head = tokens * self.scored_guided * ((1 + self.reference) * forward + gradients * (both - forward))
         making = family.making(learns=learns) + self.reference * family.making()
-        return passes * transformer + head + len(self.micro_batches) * making
+        return passes_over(self.config) * transformer + head + len(self.micro_batches) * making
 
     def trained_tokens(self) -> float:
         return self.pictures * self.over_steps(lambda i: self.trained[i])
@@ -173,15 +171,7 @@ def denoising_memory(config: RunConfig, family: MaskedFamily) -> dict[str, int]:
     does, model = Denoising(config, family), family.model
     algorithm, size = does.algorithm, 2 if config.train.dtype == "bfloat16" else 4
     grpo, tokens = algorithm.grpo, family.layout.tokens
-    moving = 4 * learned(model)
-    memory = {
-        "weights": 4 * weights_of(model),
-        "gradients": moving,
-        "optimizer": optimizer_bytes(model, config.train.optim),
-        "tokenizer": 4 * weights_of(family.tokenizer),
-        "reference": moving * does.reference,
-        "moving average": moving * (config.train.ema_decay > 0),
-    }
+    memory = weights_held(config, family)
     chunk = min(max(1, grpo.rollouts_per_chunk // grpo.num_generations), does.prompts) * grpo.num_generations
     previews = 0 if algorithm.support == "committed" else does.steps * (1 if algorithm.consistency is None else 2)
     path = 4 * tokens * ((family.moves + 1) * model.channels + len(does.laws) * family.moves)

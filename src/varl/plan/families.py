@@ -28,6 +28,7 @@ from varl.models.classifier import Classifier
 from varl.models.harmon import Harmon
 from varl.models.infinity import Infinity
 from varl.models.janus import Janus
+from varl.models.lora import adapters
 from varl.models.mar import MAR
 from varl.models.masked import Denoiser, MaskedModel
 from varl.models.next_scale import NextScale
@@ -298,9 +299,10 @@ def family_of(config: ModelConfig, unmasking: UnmaskingConfig | None = None, *, 
 
 
 def family_of_pair(pair: Pair, unmasking: UnmaskingConfig | None, *, head_learns: bool) -> AnyFamily:
-    """`family_of` its config; of a model whose config does not tell its language model, what is counted is counted on the pair itself."""
+    """`family_of` its config; of a model whose config does not tell its language model, or one with adapters, what is counted is counted on
+    the pair itself."""
     config = pair[0].config
-    if isinstance(config, HarmonConfig | JanusConfig):
+    if isinstance(config, HarmonConfig | JanusConfig) or adapters(pair[0]):
         return as_family(pair, unmasking)
     return family_of(config, unmasking, head_learns=head_learns)
 
