@@ -473,10 +473,10 @@ def test_phrases(text, want):
 
 
 def test_attributes_are_a_product_over_phrases(tmp_path):
-    """0.5 for the red cup, 0.25 for the blue fox; of "a green cup" alone nothing is known, and complex prompts are none of a VQA's."""
+    """0.5 for the red cup, 0.25 for the blue fox; of "a green cup" alone nothing is known; 0.5 twice for the complex prompt."""
     images = torch.full((3, 3, 2, 2), 0.5)
     found = BENCHMARKS["t2i-compbench"].ask("vqa", VQA(VQAConfig(), Sure()), images, items_of("t2i-compbench", tmp_path))
-    assert json.dumps(found) == json.dumps({"vqa": [{"color": (0.125, 1.0)}, {"color": (math.nan, 1.0)}, {}]})
+    assert json.dumps(found) == json.dumps({"vqa": [{"color": (0.125, 1.0)}, {"color": (math.nan, 1.0)}, {"complex": (0.25, 1.0)}]})
 
 
 # ---- DPG-Bench

@@ -17,7 +17,7 @@ OVERLAP = 0.1
 DUPLICATE = 0.5
 """IoU above which the less sure of two boxes of a class is dropped before they are counted."""
 NEAR = 150 / 512
-"""Share of the picture's longer side: T2I-CompBench's 150 pixels in its pictures of 512."""
+"""Share of the picture's longer side: 150 pixels of 512. (T2I-CompBench's scorer takes 150 of 479, to which it brings pictures.)"""
 PRESENT, PLACED, MISCOUNTED = 0.2, 0.5, 0.2
 """What it is worth that one of two objects is there, that they lie right, and that objects are there, but not as many."""
 
@@ -30,17 +30,17 @@ def iou(a: Box, b: Box) -> float:
     return common / union if union else 0.0
 
 
-def placed(position: Position, a: Box, b: Box, size: tuple[int, int], *, paper: bool = False) -> float:
+def placed(position: Position, a: Box, b: Box, size: tuple[int, int], *, near: float = NEAR, paper: bool = False) -> float:
     """To what share `a` lies in this position to `b`, in a picture of `size` (H, W).
 
         left of and the others: min(1, 0.1 / IoU) where the centres are further apart that way than the other, else 0
-        next to: 1 where |x| < d or |y| < d, else d / max(|x|, |y|), centres' distances in shares of the longer side, d = 150/512
+        next to: 1 where |x| < d or |y| < d, else d / max(|x|, |y|), centres' distances in shares of the longer side, d = `near`
 
     T2I-R1's determine_position, after T2I-CompBench. In its `paper` form "above" is 0, for it asks for other words, and d is 150 shares."""
     scale = [pixels / max(size) for pixels in (size[1], size[0])]
     x, y = (share * (b[axis] + b[axis + 2] - a[axis] - a[axis + 2]) / 2 for axis, share in enumerate(scale))
     if position == "next to":
-        return 1.0 if paper or min(abs(x), abs(y)) < NEAR else NEAR / max(abs(x), abs(y))
+        return 1.0 if paper or min(abs(x), abs(y)) < near else near / max(abs(x), abs(y))
     that_way = {"left of": x > abs(y), "right of": -x > abs(y), "above": y > abs(x) and not paper, "below": -y > abs(x)}
     return min(1.0, OVERLAP / max(iou(a, b), OVERLAP)) if that_way[position] else 0.0
 

@@ -70,6 +70,8 @@ class Benchmark:
     """Whether the scorer cuts sheets into squares."""
     ask: Callable[[str, RewardFn, Float[Tensor, "B 3 H W"], Sequence[Item]], Answers] = by_value
     """What the judge `name` says of pictures, as measures."""
+    join: Callable[[Mapping[str, RewardFn], Answers], Answers] = lambda judges, answers: {}
+    """Measures of the same pictures that are made of several judges' answers."""
     overall: Literal["pictures", "categories", "none"] = "pictures"
     """What counts alike in the number of all categories together."""
     official: str

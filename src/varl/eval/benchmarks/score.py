@@ -49,9 +49,9 @@ def ask_all(
         some = range(start, min(start + together, len(gallery.items)))
         images = torch.cat([gallery.load(i) for i in some]).to(device).float() / 255
         items = [gallery.items[i] for i in some for _ in range(gallery.samples)]
-        for name, judge in judges.items():
-            for measure, found in gallery.benchmark.ask(name, judge, images, items).items():
-                answers.setdefault(measure, []).extend(found)
+        told = {m: found for name, judge in judges.items() for m, found in gallery.benchmark.ask(name, judge, images, items).items()}
+        for measure, found in {**told, **gallery.benchmark.join(judges, told)}.items():
+            answers.setdefault(measure, []).extend(found)
         tick(len(images))
     return answers
 
