@@ -77,6 +77,7 @@ from varl.models import lora
 from varl.models.harmon import Harmon
 from varl.models.infinity import Infinity
 from varl.models.janus import Janus
+from varl.models.layers import recompute
 from varl.models.mar import MAR
 from varl.models.next_scale import NextScale
 from varl.models.nova import NOVA
@@ -125,6 +126,9 @@ def build_policy(config: RunConfig, device: torch.device, *, reference: bool) ->
     policy = new_policy(pair, device, config.sample_law, config.score_law, dtype, config.unmasking)
     if isinstance(policy, MaskedPolicy):
         policy.train_head(trains_head(config))
+    policy.rollouts_per_draw = config.train.rollouts_per_draw
+    if config.train.gradient_checkpointing:
+        recompute(policy.module.blocks)
     adapters = config.train.lora
     adapted = None if adapters is None else lora.chosen(policy.module, adapters)
     if reference:

@@ -75,6 +75,11 @@ class TrainConfig:
     """P, over all ranks."""
     rollouts_per_backward: int = 64
     """Micro-batch. Changes memory, not results."""
+    rollouts_per_draw: int = 0
+    """Pictures of a chunk that are drawn at once; 0 draws all. Changes memory, not results."""
+    gradient_checkpointing: bool = False
+    """Keeps the transformer's blocks' inputs alone for the backward pass, and computes the blocks again. Changes memory and time, not
+    results."""
     optim: OptimConfig = OptimConfig()
     lora: LoraConfig | None = None
     """Trains adapters of the transformer; the head of a masked model then stays frozen. None trains the weights."""
@@ -97,7 +102,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "prompts_per_step", "rollouts_per_backward", "save_every", "keep", "idle_steps"):
             demand(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
-        for name in ("image_every", "max_seconds"):
+        for name in ("rollouts_per_draw", "image_every", "max_seconds"):
             demand(f"train.{name}", getattr(self, name), getattr(self, name) >= 0, "0 (none) or more")
         demand("train.ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "at least 0 (none) and below 1")
         demand("train.max_failed_rewards", self.max_failed_rewards, 0 <= self.max_failed_rewards <= 1, "a share, 0 to 1")

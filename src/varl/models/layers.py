@@ -1,9 +1,14 @@
 """What the transformers of all families share."""
 
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def autocasts(device: torch.device) -> bool:
@@ -15,6 +20,25 @@ def rotate(x: Float[Tensor, "B heads l d"], by: Float[Tensor, "... l pairs 2"]) 
     """Neighbouring channels (2i, 2i + 1) turned as pairs by the angles whose (cos, sin) are given, in fp32."""
     turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * torch.view_as_complex(by)
     return torch.view_as_real(turned).flatten(-2).type_as(x)
+
+
+def recompute(blocks: Iterable[nn.Module]) -> None:
+    """From here on each block keeps its inputs alone for the backward pass, where it is computed again: with gradient a third more
+    operations, and of all that the blocks make, what one of them makes at once. Nothing changes in value, and no name of a weight does."""
+    for block in blocks:
+        block.__class__ = recomputed(type(block))
+
+
+@cache
+def recomputed(kind: type[nn.Module]) -> type[nn.Module]:
+    """The same kind of module, computed again in the backward pass."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return kind.forward(self, *args, **kwargs)
+        return checkpoint(kind.forward, self, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return type(kind.__name__, (kind,), {"forward": forward})
 
 
 class GivenBias(nn.Linear):

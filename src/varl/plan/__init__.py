@@ -49,6 +49,12 @@ from varl.policies.masked import MaskedPolicy
 
 __all__ = ["Plan", "device_of", "format_plan", "plan"]
 
+RUN_ADVICE = (
+    "lower train.rollouts_per_backward or train.rollouts_per_draw, set train.gradient_checkpointing=true, or train adapters "
+    "(train.lora.r=32)."
+)
+PRETRAINING_ADVICE = "lower batch or tokenizer_batch."
+
 
 def plan(config: RunConfig | PretrainConfig, *, calibrate: bool = True) -> Plan:
     """The plan of a run. `calibrate` measures the speed of a matrix product for 0.2 s, to say how long it takes at least.
@@ -61,7 +67,8 @@ def plan(config: RunConfig | PretrainConfig, *, calibrate: bool = True) -> Plan:
 
     N parameters, T of them trained, L tokens of a picture; bytes. Rows that share a forward pass, as VA-pi's do, count once. Of rollout and
     training only the larger where a step is one chunk: else the next chunk is drawn while one is trained on. Operations are counted by
-    torch on the meta device, a training pass as 3 forward passes, or beside adapters as 2."""
+    torch on the meta device, a training pass as 3 forward passes, or beside adapters as 2; where blocks are computed again as one more,
+    and what autograd saves is then what lies outside the blocks, their inputs, and a block's share of the rest."""
     if isinstance(config, PretrainConfig):
         return _of_pretraining(config, calibrate)
     return _of_run(config, calibrate)
@@ -102,7 +109,8 @@ def _of_run(config: RunConfig, calibrate: bool) -> Plan:
         )
     else:
         check_size(problems, config.data, model_config)
-    family = attempt(problems, family_of_pair, pair, config.unmasking, head_learns=trains_head(config))
+    again = config.train.gradient_checkpointing
+    family = attempt(problems, family_of_pair, pair, config.unmasking, head_learns=trains_head(config), again=again)
     if family is None or algorithm is None or (isinstance(algorithm, VARRL) and m is None):
         return Plan(problems=tuple(problems), warnings=tuple(warnings), rewards=said, layout=None if family is None else family.layout)
     if isinstance(family, MaskedFamily):
@@ -125,7 +133,7 @@ def _of_run(config: RunConfig, calibrate: bool) -> Plan:
         available=device_memory(device),
         updates=updates,
     )
-    return _finished(plan, device, config.train.dtype, width, calibrate)
+    return _finished(plan, device, config.train.dtype, width, calibrate, RUN_ADVICE)
 
 
 def _of_pretraining(config: PretrainConfig, calibrate: bool) -> Plan:
@@ -149,7 +157,7 @@ def _of_pretraining(config: PretrainConfig, calibrate: bool) -> Plan:
             available=device_memory(device),
             updates=classifier_updates(config, classifier),
         )
-        return _finished(plan, device, config.dtype, max(config.model.widths), calibrate)
+        return _finished(plan, device, config.dtype, max(config.model.widths), calibrate, PRETRAINING_ADVICE)
     family = family_of(config.model, UnmaskingConfig(steps=1, denoise_steps=1) if isinstance(config.model, MARConfig) else None)
     if isinstance(family, MaskedFamily):
         updates, memory, width = masked_pretraining_updates(config, family), masked_pretraining_memory(config, family), family.width
@@ -163,7 +171,7 @@ def _of_pretraining(config: PretrainConfig, calibrate: bool) -> Plan:
         available=device_memory(device),
         updates=updates,
     )
-    return _finished(plan, device, config.dtype, width, calibrate)
+    return _finished(plan, device, config.dtype, width, calibrate, PRETRAINING_ADVICE)
 
 
 def _parameters(family: AnyFamily) -> dict[str, int]:
@@ -172,8 +180,8 @@ def _parameters(family: AnyFamily) -> dict[str, int]:
     return held(transformer | {"tokenizer": weights_of(family.tokenizer)})
 
 
-def _finished(plan: Plan, device: torch.device, dtype: str, width: int, calibrate: bool) -> Plan:
-    """`plan` with its time, and the warning that it does not fit."""
+def _finished(plan: Plan, device: torch.device, dtype: str, width: int, calibrate: bool, advice: str) -> Plan:
+    """`plan` with its time, and the warning that it does not fit, with what to do about it."""
     seconds, warnings = None, plan.warnings
     if calibrate:
         speed = matmul_speed(device, torch.bfloat16 if dtype == "bfloat16" else torch.float32, width)
@@ -182,7 +190,6 @@ def _finished(plan: Plan, device: torch.device, dtype: str, width: int, calibrat
     if needed > plan.available:
         warnings = (
             *warnings,
-            f"about {in_bytes(needed)} would be held, and the {device.type} has {in_bytes(plan.available)}: lower rollouts_per_backward "
-            "and rollouts_per_chunk.",
+            f"about {in_bytes(needed)} would be held, and the {device.type} has {in_bytes(plan.available)}: {advice}",
         )
     return replace(plan, seconds=seconds, warnings=warnings)

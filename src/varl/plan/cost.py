@@ -176,8 +176,9 @@ def _passes(config: RunConfig) -> int:
 
 
 def passes_over(config: RunConfig) -> int:
-    """Of the transformer's, in forward passes, the reference's included."""
-    return (FORWARD_AND_BACKWARD if config.train.lora is None else ONLY_THROUGH) + needs_reference(config.algorithm)
+    """Of the transformer's, in forward passes: what is computed again, and the reference's, included."""
+    own = FORWARD_AND_BACKWARD if config.train.lora is None else ONLY_THROUGH
+    return own + config.train.gradient_checkpointing + needs_reference(config.algorithm)
 
 
 def further_rows(algorithm: MARGRPOConfig) -> int:
@@ -219,7 +220,8 @@ def run_memory(config: RunConfig, family: Family, m: int | None) -> dict[str, in
         drawing = {"drawing": DRAWN_COPIES * 4 * _logits_at_once(chunk // group, layout.tokens, c.tokenizer.vocab)}
     else:
         rows = min(config.train.rollouts_per_backward, chunk)
-        drawing = {"key-value cache": 2 * c.depth * c.width * family.positions * chunk * branches(config) * size}
+        drawn = min(chunk, config.train.rollouts_per_draw or chunk)
+        drawing = {"key-value cache": 2 * c.depth * c.width * family.positions * drawn * branches(config) * size}
     training = training_bytes(family, steps, rows * (2 if config.score_law.guided else 1), size)
     if chunk < config.train.prompts_per_step * group:  # the next chunk is drawn while one is trained on
         return held(memory | drawing | training)

@@ -28,6 +28,7 @@ from varl.models.classifier import Classifier
 from varl.models.harmon import Harmon
 from varl.models.infinity import Infinity
 from varl.models.janus import Janus
+from varl.models.layers import recompute
 from varl.models.lora import adapters
 from varl.models.mar import MAR
 from varl.models.masked import Denoiser, MaskedModel
@@ -57,8 +58,11 @@ class Cost:
     """Bytes that autograd keeps for the backward pass, weights not counted, in fp32."""
 
 
-def cost(fn: Callable[[], Any], module: nn.Module) -> Cost:
-    """Of one call of `fn`, which runs `module` on the meta device."""
+def cost(fn: Callable[[], Any], module: nn.Module, again: Sequence[nn.Module] = ()) -> Cost:
+    """Of one call of `fn`, which runs `module` on the meta device. If the blocks `again` are computed again in the backward pass, their
+    inputs are kept, and what one of them makes at once."""
+    if again:
+        return _computed_again(fn, module, again)
     weights = {p.untyped_storage()._cdata for p in module.parameters()}
     saved: dict[int, int] = {}
 
@@ -72,6 +76,22 @@ def cost(fn: Callable[[], Any], module: nn.Module) -> Cost:
         held = fn()  # keeps the graph, so that no storage is freed and its address used again
     del held
     return Cost(flops=float(counter.get_total_flops()), saved=sum(saved.values()))
+
+
+def _computed_again(fn: Callable[[], Any], module: nn.Module, blocks: Sequence[nn.Module]) -> Cost:
+    whole, inputs, kinds = cost(fn, module), 0, [type(block) for block in blocks]
+
+    def count(block: nn.Module, given: tuple[Any, ...]) -> None:
+        nonlocal inputs
+        inputs += given[0].nbytes
+
+    hooks = [block.register_forward_pre_hook(count) for block in blocks]
+    recompute(blocks)
+    outside = cost(fn, module).saved
+    for block, kind, hook in zip(blocks, kinds, hooks, strict=True):
+        block.__class__ = kind
+        hook.remove()
+    return Cost(flops=whole.flops, saved=outside + inputs + (whole.saved - outside) // len(blocks))
 
 
 # ---- transformers -----------------------------------------------------------------------------------------------------------------------
@@ -117,8 +137,8 @@ class Family(Protocol):
 class NextScaleFamily:
     """A caption is taken to be `CAPTION` tokens long."""
 
-    def __init__(self, model: NextScale | Infinity, tokenizer: MultiScaleVQ | BSQ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: NextScale | Infinity, tokenizer: MultiScaleVQ | BSQ, again: Sequence[nn.Module] = ()) -> None:
+        self.model, self.tokenizer, self.again = model, tokenizer, again
         self.layout = Layout(grids=model.config.grids, steps=len(model.config.grids))
         self.positions = model.ends[-1]
         self.forward = cache(self._forward)
@@ -135,7 +155,7 @@ class NextScaleFamily:
             hidden = model(condition, torch.empty(1, self.tokens(steps) - model.ends[0], features), steps)
             return model.logits(hidden, condition)  # type: ignore[arg-type]
 
-        return cost(run, model)
+        return cost(run, model, self.again)
 
     def _asked(self) -> Tensor:
         config = self.model.config
@@ -155,8 +175,8 @@ class NextScaleFamily:
 class RasterFamily:
     """A caption is taken to be as long as the model can read; for a Janus, which can read books, `CAPTION`."""
 
-    def __init__(self, model: Raster | Janus, tokenizer: VQ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: Raster | Janus, tokenizer: VQ, again: Sequence[nn.Module] = ()) -> None:
+        self.model, self.tokenizer, self.again = model, tokenizer, again
         self.layout = Layout(grids=(model.config.grid,), steps=model.tokens)
         self.prefix = model.prefix if isinstance(model, Raster) else min(model.empty + CAPTION, model.longest)
         self.positions = self.prefix + model.tokens - 1
@@ -167,7 +187,7 @@ class RasterFamily:
 
     def _forward(self, steps: int) -> Cost:
         model = self.model
-        return cost(lambda: model.logits(model(self._condition(), torch.ones(1, steps, dtype=torch.long))), model)
+        return cost(lambda: model.logits(model(self._condition(), torch.ones(1, steps, dtype=torch.long))), model, self.again)
 
     def reading(self) -> float:
         return self._step(self._condition, None, self.prefix)
@@ -208,7 +228,7 @@ class RasterFamily:
 class MaskedFamily:
     """A masked model, drawn as `unmasking` says: passes of its transformer, and moves of its head."""
 
-    def __init__(self, model: MaskedModel, tokenizer: KL, unmasking: UnmaskingConfig, asked: Any) -> None:
+    def __init__(self, model: MaskedModel, tokenizer: KL, unmasking: UnmaskingConfig, asked: Any, again: Sequence[nn.Module] = ()) -> None:
         """`asked` is what the model's `condition` reads for one prompt. Raises ConfigError for steps that cannot be."""
         self.model: Any = model
         self.tokenizer, self.asked = tokenizer, asked
@@ -226,7 +246,7 @@ class MaskedFamily:
         self.reading, self.moving = cache(self._reading), cache(self._moving)
         self.width = self._see(0).shape[-1]
         """E, of a token's latent."""
-        self._counted = [cost(lambda n=n: self._see(n), self.model) for n in (0, 1, 2)]
+        self._counted = [cost(lambda n=n: self._see(n), self.model, again) for n in (0, 1, 2)]
 
     @property
     def steps(self) -> range:
@@ -290,39 +310,41 @@ def without_memory(config: ModelConfig) -> OwnPair:
 
 
 @lru_cache(maxsize=8)
-def family_of(config: ModelConfig, unmasking: UnmaskingConfig | None = None, *, head_learns: bool = True) -> AnyFamily:
-    """Of a model of ours; `head_learns` is of masked models alone."""
+def family_of(config: ModelConfig, unmasking: UnmaskingConfig | None = None, *, head_learns: bool = True, again: bool = False) -> AnyFamily:
+    """Of a model of ours; `head_learns` is of masked models alone. With `again` blocks are computed again in the backward pass."""
     pair = without_memory(config)
     if isinstance(pair[0], MAR | NOVA):
         pair[0].head.requires_grad_(head_learns)
-    return as_family(pair, unmasking)
+    return as_family(pair, unmasking, again=again)
 
 
-def family_of_pair(pair: Pair, unmasking: UnmaskingConfig | None, *, head_learns: bool) -> AnyFamily:
+def family_of_pair(pair: Pair, unmasking: UnmaskingConfig | None, *, head_learns: bool, again: bool) -> AnyFamily:
     """`family_of` its config; of a model whose config does not tell its language model, or one with adapters, what is counted is counted on
     the pair itself."""
     config = pair[0].config
     if isinstance(config, HarmonConfig | JanusConfig) or adapters(pair[0]):
-        return as_family(pair, unmasking)
-    return family_of(config, unmasking, head_learns=head_learns)
+        return as_family(pair, unmasking, again=again)
+    return family_of(config, unmasking, head_learns=head_learns, again=again)
 
 
-def as_family(pair: Pair, unmasking: UnmaskingConfig | None = None) -> AnyFamily:
+def as_family(pair: Pair, unmasking: UnmaskingConfig | None = None, *, again: bool = False) -> AnyFamily:
     """Of a pair on the meta device; `unmasking` is of masked models alone. Raises ConfigError for steps that such a model cannot take."""
+    blocks = tuple(pair[0].blocks) if again else ()
     match pair:
         case (NextScale() as model, MultiScaleVQ() as tokenizer) | (Infinity() as model, BSQ() as tokenizer):
-            return NextScaleFamily(model, tokenizer)
+            return NextScaleFamily(model, tokenizer, blocks)
         case (Raster() | Janus() as model, VQ() as tokenizer):
-            return RasterFamily(model, tokenizer)
+            return RasterFamily(model, tokenizer, blocks)
         case (MAR() as model, KL() as tokenizer):
-            return MaskedFamily(model, tokenizer, unmasking or UnmaskingConfig(), torch.zeros(1, dtype=torch.long, device="meta"))
+            label = torch.zeros(1, dtype=torch.long, device="meta")
+            return MaskedFamily(model, tokenizer, unmasking or UnmaskingConfig(), label, blocks)
         case (NOVA() as model, KL() as tokenizer):
             captions = model.config.captions
             caption = torch.empty(min(CAPTION, captions.tokens), captions.width, device="meta")
-            return MaskedFamily(model, tokenizer, unmasking or UnmaskingConfig(), [caption])
+            return MaskedFamily(model, tokenizer, unmasking or UnmaskingConfig(), [caption], blocks)
         case (Harmon() as model, KL() as tokenizer):
             caption = torch.zeros(min(CAPTION, model.longest), dtype=torch.long, device="meta")
-            return MaskedFamily(model, tokenizer, unmasking or UnmaskingConfig(), [caption])
+            return MaskedFamily(model, tokenizer, unmasking or UnmaskingConfig(), [caption], blocks)
     assert_never(pair)
 
 

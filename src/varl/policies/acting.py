@@ -12,7 +12,7 @@ from torch import Tensor
 
 from varl.config import LawConfig
 from varl.errors import ConfigError, DataError
-from varl.policies.sampling import analytic_kl, draw_several, entropy, in_row_chunks, token_law
+from varl.policies.sampling import analytic_kl, draw_several, entropy, in_row_chunks, row_slices, token_law
 from varl.rng import Stream
 from varl.types import Layout, Prompt, Rollout, Score
 
@@ -85,6 +85,8 @@ class ActingPolicy(ABC):
     sample_law: LawConfig
     score_law: LawConfig
     dtype: torch.dtype
+    rollouts_per_draw: int = 0
+    """Pictures whose caches, or passes, are held at once while they are drawn; 0 holds all. Changes memory, not results."""
 
     @property
     @abstractmethod
@@ -122,6 +124,10 @@ class ActingPolicy(ABC):
         h, w = self.module.config.image_size
         return h * w // self.tokenizer.config.patch**2 * self.tokenizer.config.width
 
+    def _draws(self, rows: int) -> list[slice]:
+        """Of rows that are drawn at once."""
+        return row_slices(rows, self.rollouts_per_draw or rows)
+
     @property
     def _guided(self) -> bool:
         return self.sample_law.guided or self.score_law.guided
@@ -137,7 +143,12 @@ class TokenPolicy(ActingPolicy):
     def prefix(self, prompts: Sequence[Prompt], rng: Stream, *, steps: int) -> Rollout: ...
 
     def rollout(self, prompts: Sequence[Prompt], rng: Stream) -> Rollout:
-        return replace(self.prefix(prompts, rng, steps=self.layout.steps), state=None)
+        parts = [
+            replace(self.prefix(prompts[rows], rng.select(range(rows.start, rows.stop)), steps=self.layout.steps), state=None)
+            for rows in self._draws(len(prompts))
+        ]
+        drawn = stack([(part.actions, part.logp, part.sample_logp) for part in parts])
+        return new_rollout(prompts, rng, drawn, parts[0].step[0])
 
     @property
     def vocab(self) -> int:
@@ -191,6 +202,12 @@ def join(parts: Sequence[Drawn]) -> Drawn:
     """One after the other, along the tokens."""
     ids, logp, sampled = zip(*parts, strict=True)
     return torch.cat(ids, 1), torch.cat(logp, 1), None if sampled[0] is None else torch.cat(sampled, 1)
+
+
+def stack(parts: Sequence[Drawn]) -> Drawn:
+    """Rows after rows."""
+    ids, logp, sampled = zip(*parts, strict=True)
+    return torch.cat(ids), torch.cat(logp), None if sampled[0] is None else torch.cat(sampled)
 
 
 def new_rollout(

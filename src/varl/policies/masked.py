@@ -268,9 +268,15 @@ class MaskedPolicy(ActingPolicy):
     ) -> Latents:
         """z of every place of pictures that all miss as many tokens."""
         halves, seen = len(rows), known(missing)
+
+        def some(part: slice) -> Float[Tensor, "halves n L E"]:
+            z = model(condition[rows[:, part].flatten()], tokens[part].repeat(halves, 1, 1), seen[part].repeat(halves, 1))
+            return z.float().unflatten(0, (halves, -1))
+
+        parts = [slice(0, len(tokens))] if torch.is_grad_enabled() else self._draws(len(tokens))
         with self._precision():
-            z = model(condition[rows.flatten()], tokens.repeat(halves, 1, 1), seen.repeat(halves, 1)).float()
-        return Latents(asked=z[: len(tokens)], nothing=z[len(tokens) :] if halves > 1 else None)
+            z = torch.cat([some(part) for part in parts], 1)
+        return Latents(asked=z[0], nothing=z[1] if halves > 1 else None)
 
     def _own_latents(self, rollout: Rollout) -> Latents:
         """z of every token as its step had it: what drew it."""

@@ -30,6 +30,7 @@ from varl.policies.acting import (
     require_text,
     require_unfinished,
     score_tokens,
+    stack,
 )
 from varl.policies.sampling import in_row_chunks
 from varl.rng import Stream
@@ -171,12 +172,17 @@ class RasterPolicy(TokenPolicy):
         require_unfinished(prefix, self.layout.tokens)
         first, steps = prefix.actions.shape[1], self.layout.steps
         rows = torch.arange(len(prefix), device=self.device).repeat_interleave(copies)
-        both = torch.cat([rows, rows + len(prefix)]) if self._guided else rows
-        with self._precision():
+        uniform = rng.at("tokens").uniform(steps - first).to(self.device)
+
+        def some(part: slice) -> Drawn:
+            mine = rows[part]
+            both = torch.cat([mine, mine + len(prefix)]) if self._guided else mine
             fork = Branch(branch.condition.rows(both), branch.cache.fork(both, model.capacity(branch.condition, steps)))
-            hidden = model.step(fork.condition, self._both(prefix.actions[rows, -1]), fork.cache)
-            uniform = rng.at("tokens").uniform(steps - first).to(self.device)
-            drawn = self._act(fork, hidden, uniform, first)
+            hidden = model.step(fork.condition, self._both(prefix.actions[mine, -1]), fork.cache)
+            return self._act(fork, hidden, uniform[part], first)
+
+        with self._precision():
+            drawn = stack([some(part) for part in self._draws(len(rows))])
         return continued(prefix, rows, rng, drawn, torch.arange(steps, device=self.device))
 
     def _act(self, branch: Branch, hidden: Float[Tensor, "b 1 D"], uniform: Float[Tensor, "B n"], first: int) -> Drawn:

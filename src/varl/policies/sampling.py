@@ -95,11 +95,15 @@ def analytic_kl(logp: Float[Tensor, "*B V"], ref_logp: Float[Tensor, "*B V"]) ->
     return (logp.exp() * torch.where(logp > -torch.inf, logp - ref_logp, 0.0)).sum(-1)
 
 
+def row_slices(rows: int, size: int) -> list[slice]:
+    """Of at most `size` rows each."""
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
 def in_row_chunks(fn: Callable[[slice], tuple[Tensor, ...]], rows: int, elements_per_row: int) -> tuple[Tensor, ...]:
     """fn over slices of rows, concatenated, so that at most CHUNK_ELEMENTS of its largest tensor exist at once; with gradient each slice
     is recomputed in the backward pass. Where all fits, fn is simply called once."""
-    size = max(1, CHUNK_ELEMENTS // elements_per_row)
-    slices = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    slices = row_slices(rows, max(1, CHUNK_ELEMENTS // elements_per_row))
     if len(slices) == 1:
         return fn(slices[0])
     parts = [checkpoint(fn, piece, use_reentrant=False) if torch.is_grad_enabled() else fn(piece) for piece in slices]

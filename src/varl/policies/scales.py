@@ -27,6 +27,7 @@ from varl.policies.acting import (
     new_rollout,
     require_unfinished,
     score_tokens,
+    stack,
 )
 from varl.policies.sampling import in_row_chunks
 from varl.rng import Stream
@@ -107,11 +108,16 @@ class ScalesPolicy(TokenPolicy):
         given = prefix.actions.shape[1]
         first, steps = self.module.ends.index(given) + 1, self.layout.steps
         rows = torch.arange(len(prefix), device=self.device).repeat_interleave(copies)
-        both = torch.cat([rows, rows + len(prefix)]) if self._guided else rows
+        uniform = rng.at("tokens").uniform((self.module.ends[-1] - given) * self._each).to(self.device)
+
+        def some(part: slice) -> Drawn:
+            mine = rows[part]
+            both = torch.cat([mine, mine + len(prefix)]) if self._guided else mine
+            fork = Branch(branch.condition.rows(both), branch.cache.fork(both, self.module.ends[-1]), branch.f_hat[mine])
+            return self._act(fork, uniform[part], first, steps)
+
         with self._precision():
-            fork = Branch(branch.condition.rows(both), branch.cache.fork(both, self.module.ends[-1]), branch.f_hat[rows])
-            uniform = rng.at("tokens").uniform((self.module.ends[-1] - given) * self._each).to(self.device)
-            drawn = self._act(fork, uniform, first, steps)
+            drawn = stack([some(part) for part in self._draws(len(rows))])
         return continued(prefix, rows, rng, drawn, self.module.scale_of_token)
 
     def _start(self, prompts: Sequence[Prompt], steps: int) -> Branch:
