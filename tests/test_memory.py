@@ -19,7 +19,7 @@ from varl.errors import ConfigError
 from varl.models.layers import KVCache, recompute
 from varl.plan.cost import run_memory
 from varl.plan.denoising import denoising_memory
-from varl.plan.families import MaskedFamily, family_of
+from varl.plan.families import MaskedFamily, cost, family_of
 from varl.policies.masked import MaskedPolicy
 from varl.recipes import recipe
 from varl.run import train
@@ -245,5 +245,20 @@ def test_what_checkpointing_and_drawing_a_few_save_of_infinity():
     greedy = replace(ours, train=replace(ours.train, gradient_checkpointing=False, rollouts_per_draw=0))
     small, large = planned(ours), planned(greedy)
     assert large["key-value cache"] == 8 * small["key-value cache"]  # 32 pictures of a group and its continuations, 4 at once
-    assert large["activations"] > 15 * small["activations"]
+    assert large["activations"] > 9 * small["activations"]
     assert sum(large.values()) > ONE_GPU
+
+
+def test_attention_keeps_no_matrix_of_pairs():
+    """Of 2 heads, 4 queries, 6 keys and 8 numbers: the operations of both products; queries, keys, values, result and a number a query."""
+    q, k = torch.nn.Linear(1, 2 * 4 * 8, device="meta"), torch.nn.Linear(1, 2 * 6 * 8, device="meta")
+    both = torch.nn.ModuleList([q, k])
+
+    def run() -> torch.Tensor:
+        x = torch.empty(1, 1)
+        keys = k(x).view(1, 2, 6, 8)
+        return torch.nn.functional.scaled_dot_product_attention(q(x).view(1, 2, 4, 8), keys, keys * 1)
+
+    found = cost(run, both)
+    assert found.flops == 2 * (64 + 96) + 2 * 2 * (2 * 4 * 6 * 8)
+    assert found.saved == 4 * (1 + 64 + 96 + 96 + 64 + 8)

@@ -1,14 +1,16 @@
 """What a picture costs in each model family, counted on torch's meta device, where nothing has memory. What was counted is kept."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import accumulate
 from typing import Any, Protocol, assert_never, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from varl.checkpoints.model import OwnPair, Pair, fresh
@@ -72,10 +74,34 @@ def cost(fn: Callable[[], Any], module: nn.Module, again: Sequence[nn.Module] = 
             saved[storage._cdata] = storage.nbytes()
         return tensor
 
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda tensor: tensor):
+    hooks = saved_tensors_hooks(keep, lambda tensor: tensor)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, hooks, FusedAttention():
         held = fn()  # keeps the graph, so that no storage is freed and its address used again
     del held
     return Cost(flops=float(counter.get_total_flops()), saved=sum(saved.values()))
+
+
+class FusedAttention(TorchFunctionMode):
+    """Attention as devices compute it, who keep queries, keys, values, what comes out and a number for each query, and never a matrix of
+    all pairs, as the meta device does."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return Attended.apply(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+class Attended(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        groups = q.shape[-3] // k.shape[-3]
+        out = q @ k.repeat_interleave(groups, -3).mT @ v.repeat_interleave(groups, -3)  # the operations, for the counter
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1]))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(part) for part in ctx.saved_tensors[:3])
 
 
 def _computed_again(fn: Callable[[], Any], module: nn.Module, blocks: Sequence[nn.Module]) -> Cost:
