@@ -1,10 +1,12 @@
 """A folder of weights that is there whole or not at all: written beside its place, hashed, flushed to disk, and then renamed."""
 
 import difflib
+import errno
 import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from varl.errors import CheckpointError
@@ -210,13 +212,24 @@ def replace_file(file: Path, data: bytes) -> None:
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> str:
     """sha256 of the safetensors file that was written, and flushed to the disk."""
     packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return write_bytes(file, save(packed, metadata={"format": "pt"}))
+    try:
+        save_file(packed, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise disk_error(error) from error
+    return seal(file)
+
+
+def disk_error(error: SafetensorError) -> OSError:
+    """What the operating system said, of which safetensors tells the number alone."""
+    code = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(errno.EIO, str(error))
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """A safetensors file, on the CPU, each tensor in memory of its own."""
+    """A safetensors file, on the CPU. Tensors are mapped from the file, so that it takes no memory to look at them or copy them elsewhere;
+    what writes to one writes to a copy of its own."""
     try:
-        return {name: tensor.clone() for name, tensor in load_file(file).items()}
+        return load_file(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: cannot be read as safetensors ({error}). Is it there, and was it copied whole?") from error
 

@@ -1,7 +1,6 @@
 """Harmon as its authors keep it (arXiv 2503.21979): a Hugging Face folder (wusize/Harmon-0_5B and -1_5B), into our modules and back, and
 the raw `.pth` files. Of a folder nothing is run: its weights, config.json and tokenizer are read, not its code."""
 
-import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from varl.checkpoints.folder import (
     Shapes,
     bytes_of,
     damage,
+    disk_error,
     fill_folder,
     read_tensors,
     refuse_strange,
@@ -104,7 +104,7 @@ def save(folder: Path, model: Harmon, kl: KL, notes: Mapping[str, Any]) -> Path:
         try:
             model.words.save_pretrained(beside)
         except SafetensorError as error:
-            raise OSError(errno.EIO, str(error)) from error
+            raise disk_error(error) from error
         write_bytes(beside / "config.json", json.dumps(_told(model), indent=2).encode())
         write_bytes(beside / "notes.json", json.dumps(notes, indent=2).encode())
         write_tensors(beside / "model.safetensors", state)

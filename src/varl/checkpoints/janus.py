@@ -1,6 +1,5 @@
 """Janus-Pro as `transformers` keeps it (deepseek-community/Janus-Pro-1B and -7B), into our modules and back."""
 
-import errno
 import json
 import re
 from collections.abc import Mapping
@@ -11,7 +10,18 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from varl.checkpoints.folder import MANIFEST, bytes_of, damage, fill_folder, refuse_strange, seal, shapes_of, strict_load, write_bytes
+from varl.checkpoints.folder import (
+    MANIFEST,
+    bytes_of,
+    damage,
+    disk_error,
+    fill_folder,
+    refuse_strange,
+    seal,
+    shapes_of,
+    strict_load,
+    write_bytes,
+)
 from varl.checkpoints.hugging_face import told_by, transformers
 from varl.checkpoints.llamagen import fill_tokenizer, released_names, tokenizer_config
 from varl.config import JanusConfig, VQConfig
@@ -126,7 +136,7 @@ def save(folder: Path, model: Janus, vq: VQ, notes: Mapping[str, Any]) -> Path:
             model.whole.save_pretrained(beside)
             model.processor.save_pretrained(beside)
         except SafetensorError as error:
-            raise OSError(errno.EIO, str(error)) from error
+            raise disk_error(error) from error
         write_bytes(beside / "notes.json", json.dumps(notes, indent=2).encode())
         return {str(file.relative_to(beside)): seal(file) for file in sorted(beside.rglob("*")) if file.is_file()}
 

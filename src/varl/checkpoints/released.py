@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,8 @@ def read_file(path: Path) -> ReleasedFile:
         return ReleasedFile(path=path, content=read_tensors(path))
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # training runs save their arguments too
-            return ReleasedFile(path=path, content=torch.load(path, map_location="cpu", weights_only=True))
+            mapped = zipfile.is_zipfile(path)  # torch's format of old is not
+            return ReleasedFile(path=path, content=torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
     except Exception as error:
         raise CheckpointError(f"{path}: cannot be read as a file of weights ({error}). Is it there, and was it copied whole?") from error
 

@@ -116,7 +116,7 @@ def _outline(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 def _restore(outline: Any, tensors: Mapping[str, Tensor]) -> Any:
     match outline:
         case {"tensor": name}:
-            return tensors[name]
+            return tensors[name].clone()  # an optimizer keeps it, and the file may go
         case {"dict": items}:
             return {key: _restore(item, tensors) for key, item in items}
         case {"list": items}:
