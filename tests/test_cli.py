@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-from tiny import TINY_RASTER, save_tiny, status, write_config
+from tiny import TINY_MAR, TINY_RASTER, save_tiny, status, write_config
 from varl.checkpoints import model as model_folder
 from varl.cli import Bar, command_line, load, measured_line, recipes_help, training_line, warn_against_probes
 from varl.config import ClassifierConfig, GRPOConfig, PretrainConfig, RunConfig
@@ -302,6 +302,21 @@ def test_vars_own_sampler(raster, tmp_path, capfd):
     for wrong in (["--cfg", "var:3"], ["--more-smooth"]):
         assert status("sample", raster / "model", "--label", 1, *wrong, "--out", tmp_path / "e.png") == 2
         assert {"--cfg": "For another model", "--more-smooth": "this model is none"}[wrong[0]] in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "count", "says"),
+    [
+        ("--denoise-steps", 100_000, "unmasking.denoise_steps=100000: must be 1 to 1000"),
+        ("--steps", 9, "9 steps for 8 tokens: every step settles a token or more"),
+    ],
+)
+def test_steps_that_cannot_be_are_refused_before_a_weight_is_read(option, count, says, tmp_path, capfd):
+    model = save_tiny(tmp_path / "mar", TINY_MAR)
+    for file in model.glob("*.safetensors"):
+        file.write_bytes(b"")
+    assert status("sample", model, "--label", 0, option, count, "--out", tmp_path / "x.png") == 2
+    assert says in capfd.readouterr().err
 
 
 def compared(folder, *arguments):

@@ -80,8 +80,8 @@ def test_even_steps_by_hand():
     assert evenly(4) == (0, 333, 666, 999)
     assert evenly(1000) == tuple(range(1000))
     for steps in (0, 1001):
-        with pytest.raises(ValueError, match=f"{steps} denoising steps"):
-            evenly(steps)
+        with pytest.raises(ConfigError, match=f"^{steps} denoising steps of 1000: set 1 to 1000"):
+            tiny().chain(steps)
 
 
 @pytest.mark.parametrize("kept", [(), (3, 2), (1, 1), (-1, 4), (0, 1000)])

@@ -43,7 +43,8 @@ def model() -> Harmon:
 def pictures(rows: int = 3, missing: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens, and the places of those that are known."""
     draw = torch.Generator().manual_seed(1)
-    return torch.randn(rows, TOKENS, 3, generator=draw), known(masked(torch.rand(rows, TOKENS, generator=draw).argsort(1), missing))
+    tokens, order = torch.randn(rows, TOKENS, 3, generator=draw), torch.rand(rows, TOKENS, generator=draw).argsort(1)
+    return tokens, known(masked(order, missing), TOKENS - missing)
 
 
 @torch.no_grad()

@@ -52,11 +52,13 @@ def orders(batch: int, tokens: int = 9) -> torch.Tensor:
 def test_masks_follow_the_order_from_its_end():
     order = torch.tensor([[2, 0, 3, 1], [0, 1, 2, 3]])
     assert masked(order, 2).tolist() == [[True, False, True, False], [True, True, False, False]]
-    assert known(masked(order, 2)).tolist() == [[1, 3], [2, 3]]
-    assert known(masked(order, 4)).shape == (2, 0)
-    assert known(masked(order, 0)).tolist() == [[0, 1, 2, 3]] * 2
-    with pytest.raises(ValueError, match="miss 1 to 2 tokens"):
-        known(torch.tensor([[True, False], [True, True]]))
+    assert known(masked(order, 2), 2).tolist() == [[1, 3], [2, 3]]
+    assert known(masked(order, 4), 0).shape == (2, 0)
+    assert known(masked(order, 0), 4).tolist() == [[0, 1, 2, 3]] * 2
+    assert known(masked(order, 2).to("meta"), 2).shape == (2, 2), "another device is not waited for"
+    for missing in ([[True, False], [True, True]], [[True, True]] * 2, [[False, False]] * 2):
+        with pytest.raises(ValueError, match=r"a picture of the batch knows [02] tokens, not 1"):
+            known(torch.tensor(missing), 1)
 
 
 def test_sets_are_disjoint_and_complete():
@@ -82,12 +84,12 @@ def test_it_is_a_masked_model():
 def test_what_is_masked_is_not_read():
     model, order = tiny(), orders(2)
     condition, tokens, missing = model.condition(torch.tensor([0, 3])), torch.randn(2, 9, 3), masked(order, 5)
-    z = model(condition, tokens, known(missing))
+    z = model(condition, tokens, known(missing, 4))
     assert z.shape == (2, 9, 12)
-    assert torch.equal(model(condition, tokens.masked_fill(missing[..., None], 99.0), known(missing)), z)
+    assert torch.equal(model(condition, tokens.masked_fill(missing[..., None], 99.0), known(missing, 4)), z)
     other = tokens.clone()
-    other[0, known(missing)[0, 0]] += 1
-    changed = (model(condition, other, known(missing)) - z).abs().amax(2)
+    other[0, known(missing, 4)[0, 0]] += 1
+    changed = (model(condition, other, known(missing, 4)) - z).abs().amax(2)
     assert (changed[0] > 1e-4).all(), "every place sees it"
     assert (changed[1] == 0).all(), "pictures do not see one another"
 
@@ -99,7 +101,7 @@ def test_known_tokens_may_come_in_any_order():
 
 
 def test_a_picture_alone_and_in_a_batch():
-    model, tokens, places = tiny(), torch.randn(3, 9, 3), known(masked(orders(3), 4))
+    model, tokens, places = tiny(), torch.randn(3, 9, 3), known(masked(orders(3), 4), 5)
     condition = model.condition(torch.tensor([1, 2, 4]))
     whole = model(condition, tokens, places)
     torch.testing.assert_close(model(condition[1:2], tokens[1:2], places[1:2]), whole[1:2], rtol=0, atol=1e-5)
@@ -131,7 +133,7 @@ def test_blocks_are_those_of_both_halves():
 
 def test_gradients_reach_every_weight_of_the_transformer():
     model = tiny().requires_grad_(True)
-    z = model(model.condition(torch.tensor([0, 4])), torch.randn(2, 9, 3), known(masked(orders(2), 5)))
+    z = model(model.condition(torch.tensor([0, 4])), torch.randn(2, 9, 3), known(masked(orders(2), 5), 4))
     z.square().sum().backward()
     lacking = [name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
     assert all(name.startswith("diffloss.") for name in lacking)

@@ -117,7 +117,12 @@ def test_damping_by_hand():
     spread = torch.tensor([[0.1, 0.4, 0.2, 0.8]])
     assert damping(spread, torch.tensor([[False, True, True, True]])).tolist() == [[1.0, 0.25, 1.0, 0.0625]]
     assert damping(spread, torch.zeros(1, 4, dtype=torch.bool)).tolist() == [[1.0] * 4]
-    assert damping(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)).tolist() == [[1.0, 1.0]]
+    every = torch.ones(1, 3, dtype=torch.bool)
+    assert damping(torch.zeros(1, 3), every).tolist() == [[1.0] * 3]
+    assert damping(torch.tensor([[0.0, 1e-30, 0.0]]), every).tolist() == [[1.0, 0.0, 1.0]], "the limit of u_min -> 0"
+    assert damping(torch.tensor([[0.0, 1e-45, 2.0]]), every).tolist() == [[1.0, 0.0, 0.0]]
+    assert damping(torch.tensor([[2e-40, 1e-40, 4e-40]]), every).tolist() == [pytest.approx([0.25, 1.0, 0.0625], rel=1e-4)]
+    assert damping(torch.tensor([[0.0, 0.5, 1.0]]), torch.tensor([[False, True, True]])).tolist() == [[1.0, 1.0, 0.25]]
 
 
 def test_shares_by_hand():

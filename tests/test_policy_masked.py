@@ -340,7 +340,7 @@ def test_kl_to_itself_is_nothing_and_to_another_is_that_of_the_gaussians(target)
         for i in range(3):
             now, laws = rollout.step == i, []
             for model in (policy.module, policy.reference):
-                z = policy._latents(model, *policy._condition(model, rollout.prompts), rollout.actions[:, :, -1], rollout.step >= i)
+                z = policy._latents(model, *policy._condition(model, rollout.prompts), rollout.actions[:, :, -1], rollout.step, i)
                 head, moves = model.denoiser(8), torch.arange(1, 6).expand(int(now.sum()), -1)
                 read = head.read(z.asked[now]).repeat_interleave(5, 0)
                 mean, log_std = head.law(rollout.actions[now][:, 1:6].flatten(0, 1), moves.flatten(), read, None, None)

@@ -14,7 +14,7 @@ from tiny import status
 from varl.algorithms.mar_grpo import MARGRPO
 from varl.build import new_policy, require_unmasking
 from varl.checkpoints import model as model_folder
-from varl.config import CaptionConfig, FlowConfig, GRPOConfig, LawConfig, MARGRPOConfig, NOVAConfig, UnmaskingConfig
+from varl.config import AncestralConfig, CaptionConfig, FlowConfig, GRPOConfig, LawConfig, MARGRPOConfig, NOVAConfig, UnmaskingConfig
 from varl.errors import ConfigError, DataError
 from varl.policies.masked import MaskedPolicy
 from varl.rewards.judge import RewardJudge
@@ -174,6 +174,9 @@ def test_what_cannot_be(phi, tmp_path):
         new_policy((tiny(reading(TINY, phi)), KL(TINY.tokenizer)), unmasking=UnmaskingConfig(steps=25))
     with pytest.raises(ConfigError, match="does not choose in which order it draws"):
         require_unmasking(WORDS, UnmaskingConfig())
+    leading = replace(TINY, head=replace(TINY.head, drawn=AncestralConfig(steps_offset=2)))
+    with pytest.raises(ConfigError, match="steps_offset=2 moves 1000 steps up to 1001"):
+        require_unmasking(leading, UnmaskingConfig(steps=4, denoise_steps=1000))
 
 
 # ---- the command line

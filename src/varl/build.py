@@ -1,6 +1,7 @@
 """From config to objects: the only file that names concrete classes."""
 
 import copy
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from varl.config import (
     ActingConfig,
     AestheticConfig,
     AlgorithmConfig,
+    AncestralConfig,
     CaptionConfig,
     ClassScoreConfig,
     CLIPScoreConfig,
@@ -63,6 +65,7 @@ from varl.config import (
     VARRLConfig,
     VQAConfig,
     WordsConfig,
+    settled_counts,
 )
 from varl.data import glyphs
 from varl.data.caption_cache import CaptionCache
@@ -80,7 +83,7 @@ from varl.models.janus import Janus
 from varl.models.layers import recompute
 from varl.models.mar import MAR
 from varl.models.next_scale import NextScale
-from varl.models.nova import NOVA
+from varl.models.nova import NOVA, spaced
 from varl.models.raster import Raster
 from varl.models.vision import AestheticHead
 from varl.policies.infinity import InfinityPolicy
@@ -194,9 +197,15 @@ def trains_head(config: RunConfig) -> bool:
 
 
 def require_unmasking(config: ActingConfig, unmasking: UnmaskingConfig | None) -> None:
-    """ConfigError where a model that is not masked is told how to unmask."""
-    if unmasking is not None and not isinstance(config, MARConfig | NOVAConfig | HarmonConfig):
-        raise ConfigError("unmasking: this model does not choose in which order it draws. Leave it out, or give a masked model.")
+    """ConfigError where a model that is not masked is told how to unmask, or a masked one in steps that cannot be."""
+    if not isinstance(config, MARConfig | NOVAConfig | HarmonConfig):
+        if unmasking is not None:
+            raise ConfigError("unmasking: this model does not choose in which order it draws. Leave it out, or give a masked model.")
+        return
+    asked = unmasking or UnmaskingConfig()
+    settled_counts(math.prod(config.grid), asked.steps)
+    if isinstance(config, NOVAConfig) and isinstance(config.head.drawn, AncestralConfig):
+        spaced(config.head.drawn, asked.denoise_steps)
 
 
 def caption_encoder(config: CaptionConfig, device: torch.device) -> CaptionCache:
@@ -326,9 +335,12 @@ def build_mixing(config: RunConfig) -> Prepare | None:
     assert_never(config.algorithm.grpo.multi_objective_aggregation)
 
 
-def build_served(config: RunConfig, name: str) -> RewardFn:
-    """One of the run's rewards, to be served. The run's pictures are looked for when they are first asked for, for not all rewards do."""
+def build_served(config: RunConfig, name: str) -> Callable[[], RewardFn]:
+    """What loads one of the run's rewards, to be served; ConfigError now for one that cannot be. The run's pictures are looked for when
+    they are first asked for, for not all rewards do."""
     asked = config.rewards[name].reward
+    if isinstance(asked, ServedRewardConfig):
+        raise ConfigError(f"rewards.{name}: is served already, at {asked.url}. Give one that is not.")
     if isinstance(asked, PythonRewardConfig) and asked.groupwise:
         raise ConfigError(
             f"rewards.{name}: compares the pictures of a group, and a service is not told which these are. Ask it in the run."
@@ -338,7 +350,7 @@ def build_served(config: RunConfig, name: str) -> RewardFn:
     def real() -> PicturesOf:
         return demand_pictures(name, build_prompts(config.data, config.seed, config.eval.samples).pictures)
 
-    return build_reward(asked, lambda prompts: real()(prompts))
+    return lambda: build_reward(asked, lambda prompts: real()(prompts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

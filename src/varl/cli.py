@@ -20,7 +20,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from varl.config import LawConfig, PretrainConfig, RewardConfig, RunConfig, ServedRewardConfig, UnmaskingConfig
+from varl.config import LawConfig, PretrainConfig, RewardConfig, RunConfig, UnmaskingConfig
 from varl.errors import ConfigError, VarlError
 from varl.recipes import describe, recipe
 from varl.settings import from_yaml, override, reward_from_yaml, rewards_from_yaml
@@ -61,9 +61,14 @@ Steps = Annotated[int | None, typer.Option("--steps", help="Of a masked model: i
 DenoiseSteps = Annotated[
     int | None, typer.Option("--denoise-steps", help="Of a masked model: in how many steps each token is made of noise; 100 if not given.")
 ]
-
-
-GUIDANCE = "Guidance, one number or one for each scale or token, with commas; 1 is none; var:4 is the ramp of VAR's sampler."
+Seed = Annotated[int, typer.Option(help="The same seed draws the same pictures.")]
+Guidance = Annotated[
+    str, typer.Option(help="Guidance: a number, or one for each scale or token, with commas; 1 is none, var:4 the ramp of VAR's sampler.")
+]
+Temperature = Annotated[float, typer.Option(help="Below 1 what is likely is drawn more often, above 1 less often.")]
+TopK = Annotated[int, typer.Option(help="Each token is one of so many of the likeliest; 0 is all.")]
+TopP = Annotated[float, typer.Option(help="Each token is one of the likeliest that have this probability together; 1 is all.")]
+Precision = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the transformer; the tokenizer works in float32.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -413,11 +418,11 @@ def sample(
     prompts: Annotated[Path | None, typer.Option("--prompts", help="A folder with prompts.jsonl.")] = None,
     style: Annotated[str, typer.Option("--style", help="Attributes for every --prompt, e.g. mono,indigo.")] = "",
     copies: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt.")] = 16,
-    seed: int = 0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    cfg: Annotated[str, typer.Option(help=GUIDANCE)] = "1.0",
+    seed: Seed = 0,
+    temperature: Temperature = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    cfg: Guidance = "1.0",
     smooth: Annotated[bool, typer.Option("--more-smooth", help="Mixtures of codes, as VAR's sampler has them for show.")] = False,
     steps: Steps = None,
     denoise_steps: DenoiseSteps = None,
@@ -446,7 +451,7 @@ def eval_words(
     samples: Annotated[int, typer.Option(min=2, help="Held-out prompts; two pictures of each.")] = 128,
     temperatures: Annotated[str, typer.Option(help="With commas.")] = "1.0",
     judges: Annotated[str, typer.Option(help="tesseract, rapidocr or auto, with commas.")] = "auto",
-    seed: int = 1234,
+    seed: Seed = 1234,
     out: Annotated[Path | None, typer.Option("--out", help="The JSON; RUN/eval.json or eval.json here if not given.")] = None,
 ) -> None:
     """Can the words be read? A row for each temperature and judge, with 95% intervals."""
@@ -509,17 +514,17 @@ def eval_fid(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Pictures that a model draws.")] = SAMPLES,
     batch: Annotated[int, typer.Option(min=1, help="Pictures at once; at most 1000 are drawn at once.")] = 64,
-    seed: int = 1234,
-    cfg: Annotated[str, typer.Option(help=GUIDANCE)] = "1.0",
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    seed: Seed = 1234,
+    cfg: Guidance = "1.0",
+    temperature: Temperature = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
     steps: Steps = None,
     denoise_steps: DenoiseSteps = None,
     size: Annotated[
         int | None, typer.Option(min=1, help="Pixels to a side that drawn pictures are brought to; their own if not given.")
     ] = None,
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the transformer; the tokenizer works in float32.")] = "float32",
+    dtype: Precision = "float32",
     prompts: Annotated[
         Path | None, typer.Option(help="A folder with prompts.jsonl, to draw these at random; the model's classes if not given.")
     ] = None,
@@ -594,14 +599,14 @@ def benchmark_command(command: str, summary: str) -> None:
         samples: Annotated[int | None, typer.Option(min=1, max=1000, help="Pictures of each prompt; as many as its authors draw.")] = None,
         shard: Annotated[str | None, typer.Option(metavar="I/N", help="Draw every Nth prompt, from I on; not under torchrun.")] = None,
         batch: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 64,
-        seed: int = 1234,
-        cfg: Annotated[str, typer.Option(help=GUIDANCE)] = "1.0",
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        seed: Seed = 1234,
+        cfg: Guidance = "1.0",
+        temperature: Temperature = 1.0,
+        top_k: TopK = 0,
+        top_p: TopP = 1.0,
         steps: Steps = None,
         denoise_steps: DenoiseSteps = None,
-        dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the transformer.")] = "float32",
+        dtype: Precision = "float32",
         out: Annotated[
             Path | None, typer.Option("--out", help="Folder of the pictures and numbers; RUN/COMMAND or ./COMMAND if not given.")
         ] = None,
@@ -795,11 +800,9 @@ def reward_serve(
         reward = reward or next(iter(config.rewards))
         if reward not in config.rewards:
             raise ConfigError(f"--reward {reward}: is none of the rewards of {target}. Name one of {names}.")
-        if isinstance(config.rewards[reward].reward, ServedRewardConfig):
-            raise ConfigError(f"{target}: its reward {reward} is served already. Give one that is not.")
         from varl.build import build_served
 
-        serve(lambda: build_served(config, reward), f"{target} {reward}", host=host, port=port, batch=batch, warm_up=warm_up)
+        serve(build_served(config, reward), f"{target} {reward}", host=host, port=port, batch=batch, warm_up=warm_up)
     elif reward or assignments:
         raise ConfigError(f"--reward and --set are for a run's reward, and {target} is a callable. Leave them out.")
     else:

@@ -77,6 +77,7 @@ def load_policy(
     path: Path, law: LawConfig = LawConfig(), dtype: torch.dtype = torch.float32, unmasking: UnmaskingConfig | None = None
 ) -> AnyPolicy:
     """The model at `path` on the GPU if there is one, drawing under `law`."""
+    require_unmasking(config_of(path), unmasking)
     return new_policy(model_folder.load(path), usual_device(), law, law, dtype, unmasking)
 
 

@@ -60,12 +60,11 @@ def uncertain_mask(spread: Float[Tensor, "B L"], fraction: float) -> Bool[Tensor
 
 
 def damping(spread: Float[Tensor, "B L"], uncertain: Bool[Tensor, "B L"]) -> Float[Tensor, "B L"]:
-    """Weight (u_min / u)^2 of each uncertain token, u_min the least spread among the row's uncertain ones, and 1 of the others: positive,
-    at most 1, without a jump between the two. Ours; the paper has none. A rule of thumb: u is the spread of the token, which need not be
-    that of its score (of a single Gaussian move they are inverse)."""
-    spread = spread.clamp(min=torch.finfo(spread.dtype).tiny)
+    """Weight (u_min / u)^2 of each uncertain token, u_min the least spread among the row's uncertain ones, and 1 of the others: at most 1,
+    without a jump between the two, and positive but in the limit of u_min = 0, where it is 1 at u = 0 and else 0. Ours; the paper has none.
+    A rule of thumb: u is the spread of the token, which need not be that of its score (of a single Gaussian move they are inverse)."""
     least = spread.masked_fill(~uncertain, torch.inf).amin(1, keepdim=True)
-    return torch.where(uncertain, (least / spread).square(), 1.0)
+    return torch.where(uncertain & (spread > least), (least / spread).square(), 1.0)
 
 
 def shares(

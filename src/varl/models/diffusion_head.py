@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Float64, Int, Real
 from torch import Tensor, nn
 
 from varl.config import DiffusionHeadConfig
+from varl.errors import ConfigError
 
 STEPS = 1000
 """Of the process that is trained."""
@@ -75,10 +76,16 @@ def cosine_betas() -> Float64[Tensor, " N"]:
     return torch.tensor([min(1 - f((i + 1) / STEPS) / f(i / STEPS), MAX_BETA) for i in range(STEPS)], dtype=torch.float64)
 
 
-def evenly(steps: int) -> tuple[int, ...]:
-    """So many of the 1000 steps, the first and the last among them, as evenly as can be: what MAR draws with, 100."""
+def require_denoising(steps: int) -> None:
+    """ConfigError for more steps than were trained, or none."""
     if not 1 <= steps <= STEPS:
-        raise ValueError(f"evenly: {steps} denoising steps of {STEPS}. Give 1 to {STEPS}.")
+        raise ConfigError(f"{steps} denoising steps of {STEPS}: set 1 to {STEPS}.")
+
+
+def evenly(steps: int) -> tuple[int, ...]:
+    """So many of the 1000 steps, the first and the last among them, as evenly as can be: what MAR draws with, 100. Raises ConfigError
+    unless there are 1 to 1000."""
+    require_denoising(steps)
     stride = (STEPS - 1) / max(steps - 1, 1)
     return tuple(round(i * stride) for i in range(steps))
 
@@ -331,7 +338,7 @@ class DiffusionHead(nn.Module):
         return self.final_layer(x, y)
 
     def chain(self, steps: int) -> "Ancestral":
-        """As drawn with so many steps of the 1000. Raises ValueError unless there are 1 to 1000."""
+        """As drawn with so many steps of the 1000. Raises ConfigError unless there are 1 to 1000."""
         return Ancestral(self, respaced(evenly(steps), self.config.least_signal))
 
 

@@ -27,6 +27,7 @@ from varl.models.diffusion_head import (
     mixed,
     posterior_mean,
     predicted_start,
+    require_denoising,
     sinusoid,
     through,
 )
@@ -257,8 +258,7 @@ class NOVAHead(nn.Module):
 
     def chain(self, steps: int) -> "NoiseChain | FlowChain":
         """Raises ConfigError unless there are 1 to 1000 steps."""
-        if not 1 <= steps <= STEPS:
-            raise ConfigError(f"{steps} denoising steps of {STEPS}: set 1 to {STEPS}.")
+        require_denoising(steps)
         drawn = self.config.drawn
         return NoiseChain(self, ancestral(drawn, steps)) if isinstance(drawn, AncestralConfig) else FlowChain(self, drawn, steps)
 

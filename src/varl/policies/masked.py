@@ -264,10 +264,10 @@ class MaskedPolicy(ActingPolicy):
         return condition, torch.tensor(rows, device=self.device)
 
     def _latents(
-        self, model: Any, condition: Any, rows: Int[Tensor, "halves b"], tokens: Float[Tensor, "b L d"], missing: Bool[Tensor, "b L"]
+        self, model: Any, condition: Any, rows: Int[Tensor, "halves b"], tokens: Float[Tensor, "b L d"], settled: Int[Tensor, "b L"], i: int
     ) -> Latents:
-        """z of every place of pictures that all miss as many tokens."""
-        halves, seen = len(rows), known(missing)
+        """z of every place at step i, which has seen the tokens that earlier steps `settled`."""
+        halves, seen = len(rows), known(settled >= i, sum(self.counts[:i]))
 
         def some(part: slice) -> Float[Tensor, "halves n L E"]:
             z = model(condition[rows[:, part].flatten()], tokens[part].repeat(halves, 1, 1), seen[part].repeat(halves, 1))
@@ -283,7 +283,7 @@ class MaskedPolicy(ActingPolicy):
         if isinstance(rollout.state, Latents):
             return rollout.state
         tokens, condition = rollout.actions[:, :, -1], self._condition(self.module, rollout.prompts)
-        parts: list[Latents] = [self._latents(self.module, *condition, tokens, rollout.step >= i) for i in range(self.layout.steps)]
+        parts: list[Latents] = [self._latents(self.module, *condition, tokens, rollout.step, i) for i in range(self.layout.steps)]
         b, l = torch.arange(len(rollout), device=tokens.device)[:, None], torch.arange(self.layout.tokens, device=tokens.device)
         asked, *nothing = (torch.stack(half)[rollout.step, b, l] for half in zip(*(part.parts for part in parts), strict=True))
         return Latents(asked=asked, nothing=nothing[0] if nothing else None)
@@ -322,7 +322,7 @@ class MaskedPolicy(ActingPolicy):
         path, every = torch.zeros_like(noise), [torch.zeros_like(noise[:, :, 1:, 0]) for _ in heads]
         own: list[Tensor] | None = None
         for i in range(self.layout.steps):
-            z, now = self._latents(self.module, condition, rows, path[:, :, -1], step >= i), step == i
+            z, now = self._latents(self.module, condition, rows, path[:, :, -1], step, i), step == i
             path[now], densities = self._walk(heads, z[now], step[now], noise[now])
             for density, found in zip(every, densities, strict=True):
                 density[now] = found
@@ -395,7 +395,7 @@ class MaskedPolicy(ActingPolicy):
         noise = self._noise(rng, heads[0].denoiser.moves)
         for i in at.unique().tolist():
             some = (at == i).nonzero().flatten()
-            z = self._latents(self.module, condition, rows[:, some], context[some], settled[some] >= i)
+            z = self._latents(self.module, condition, rows[:, some], context[some], settled[some], i)
             drawn = settled[some] > i
             if not drawn.any():  # the last step
                 continue
@@ -435,7 +435,7 @@ class MaskedPolicy(ActingPolicy):
             z = []
             for model, (condition, rows) in zip(models, read, strict=True):
                 with torch.set_grad_enabled(torch.is_grad_enabled() and model is self.module):
-                    z.append(self._latents(model, condition, rows[:halves, pictures], tokens[pictures], settled[pictures] >= i)[at, l])
+                    z.append(self._latents(model, condition, rows[:halves, pictures], tokens[pictures], settled[pictures], i)[at, l])
             moves = Moves(path=path[b, l], scored=scored[b, l], step=torch.full_like(b, i))
             with torch.autocast(self.device.type, enabled=False):
                 scoring = score_trained if self.trains_head else score_frozen

@@ -163,7 +163,7 @@ class MaskedPhase(Stateless):
         count = math.ceil(self.model.tokens * mask_share(float(torch.rand((), generator=rng))))
         missing = masked(order, count)
         with precision(self.config, self.device):
-            z = self.model(self.model.condition(said), tokens, known(missing))
+            z = self.model(self.model.condition(said), tokens, known(missing, self.model.tokens - count))
         x_0 = tokens[missing]
         t = torch.randint(STEPS, (TIMES, len(x_0)), generator=rng).to(self.device)
         noise = torch.randn(TIMES, *x_0.shape, generator=rng).to(self.device)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -31,23 +32,24 @@ class _Lost(Exception):
 
 
 class Breaker:
-    """Says whether to ask. After `after` failures in a row no for `rest` seconds; then one more is tried, on which it depends. `opened`
-    counts how often it came to that. Times are seconds of any clock."""
+    """Says whether to ask. After `after` failures in a row no for `rest` seconds; then one more is tried, on which it depends. `failures`
+    counts those in a row, `opened` how often it came to a rest. Times are seconds of any clock."""
 
     def __init__(self, after: int, rest: float) -> None:
         self.after, self.rest = after, rest
-        self.opened = 0
-        self._failures, self._until = 0, float("-inf")
+        self.failures, self.opened, self._until = 0, 0, float("-inf")
 
     def allows(self, now: float) -> bool:
         return now >= self._until
 
-    def tell(self, worked: bool, now: float) -> None:
-        """How it went."""
-        self._failures = 0 if worked else self._failures + 1
-        if self._failures >= self.after:
+    def tell(self, worked: bool, now: float) -> bool:
+        """How it went; whether a rest begins now."""
+        self.failures = 0 if worked else self.failures + 1
+        opens = self.failures >= self.after
+        if opens:
             self._until = now + self.rest
             self.opened += 1
+        return opens
 
 
 class ServedReward:
@@ -62,22 +64,22 @@ class ServedReward:
         failed = Judgement(value=torch.full((len(prompts),), torch.nan))
         if not self.breaker.allows(time.monotonic()):
             return failed
-        url, (after, rest) = self.config.url, (self.config.break_after, self.config.rest)
+        url, breaker = self.config.url, self.breaker
         try:
             judgement = self._ask(images.detach().float().cpu().contiguous().numpy(), [asdict(prompt) for prompt in prompts])
         except _Lost as lost:
             log.warning("reward service %s: no answer for %d pictures: %s", url, len(prompts), lost)
-            opened = self.breaker.opened
-            self.breaker.tell(False, time.monotonic())
-            if self.breaker.opened > opened:
-                log.warning("reward service %s: %d failures in a row, not asked for %g s (%d. time)", url, after, rest, opened + 1)
+            if breaker.tell(False, time.monotonic()):
+                said = "reward service %s: %d failures in a row, not asked for %g s (%d. time)"
+                log.warning(said, url, breaker.failures, breaker.rest, breaker.opened)
             return failed
-        self.breaker.tell(True, time.monotonic())
+        breaker.tell(True, time.monotonic())
         return judgement
 
     def _ask(self, images: np.ndarray, prompts: list[dict[str, Any]]) -> Judgement:
         deadline = time.monotonic() + self.config.timeout
         ids = [address(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        reasons: dict[str, None] = {}
         for attempt in range(self.config.retries + 1):
             try:
                 seconds = deadline - time.monotonic()
@@ -92,9 +94,10 @@ class ServedReward:
                 raise _Lost(f"did not answer within {self.config.timeout:g} s") from None
             except (OSError, HTTPException, ValueError) as error:
                 why = f"{type(error).__name__}: {error}"
+            reasons[why] = None
             pause = self.config.backoff * 2**attempt
             if attempt == self.config.retries or time.monotonic() + pause >= deadline:
-                raise _Lost(f"{why} ({attempt + 1} tries)")
+                raise _Lost(f"{', then '.join(reasons)} ({attempt + 1} tries)")
             time.sleep(pause)
         raise AssertionError
 
@@ -154,33 +157,55 @@ def _error(answer: bytearray) -> str:
 
 
 def _exchange(url: str, method: str, path: str, body: bytes | None, deadline: float) -> tuple[int, bytearray]:
-    """(status, answer). TimeoutError at the deadline (time.monotonic), whatever has arrived by then; OSError or HTTPException where the
-    other side is not there, hangs up, or speaks something else."""
-
-    def left() -> float:
-        seconds = deadline - time.monotonic()
-        if seconds <= 0:
-            raise TimeoutError
-        return seconds
-
+    """(status, answer). TimeoutError at the deadline (time.monotonic), whatever was sent or has arrived by then, if the host's name was
+    found; OSError or HTTPException where the other side is not there, hangs up, or speaks something else."""
     place = urlsplit(url)
     assert place.hostname
-    connection = HTTPConnection(place.hostname, place.port or 80, timeout=left())
+    connection = HTTPConnection(place.hostname, place.port or 80)
     try:
-        connection.connect()
-        socket = connection.sock
-        socket.settimeout(left())
+        connection.sock = _connected(place.hostname, place.port or 80, deadline)
         connection.request(method, path, body)
         response = connection.getresponse()
-        answer = bytearray()
-        while True:
-            socket.settimeout(left())
-            more = response.read1(1 << 20)
-            if not more:
-                return response.status, answer
-            answer += more
+        return response.status, bytearray(response.read())
     finally:
         connection.close()
+
+
+class _Bounded(socket.socket):
+    """Each wait of it ends at the deadline, however many there are: a timeout alone begins anew with each byte."""
+
+    deadline: float
+
+    def hurry(self) -> None:
+        seconds = self.deadline - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError
+        self.settimeout(seconds)
+
+    def recv_into(self, *args: Any) -> int:
+        self.hurry()
+        return super().recv_into(*args)
+
+    def sendall(self, *args: Any) -> None:
+        self.hurry()
+        super().sendall(*args)
+
+
+def _connected(host: str, port: int, deadline: float) -> _Bounded:
+    """To the first of the host's addresses that takes it."""
+    reason = OSError(f"{host} has no address")
+    for family, kind, protocol, _, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        one = _Bounded(family, kind, protocol)
+        one.deadline = deadline
+        try:
+            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # the body does not wait for the headers to have arrived
+            one.hurry()
+            one.connect(place)
+            return one
+        except OSError as error:
+            one.close()
+            reason = error
+    raise reason
 
 
 def health(url: str) -> dict[str, Any]:

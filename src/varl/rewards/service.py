@@ -33,6 +33,8 @@ LIMIT = 4 << 30
 """Bytes of the largest request."""
 IDLE = 60.0
 """Seconds without a byte after which a connection is given up."""
+LAST_WORDS = 1.0
+"""Seconds in which those that waited are told that there is no scorer."""
 START = (
     "import importlib.util as u, sys; s = u.spec_from_file_location('varl_service', sys.argv[1]); m = u.module_from_spec(s); "
     "sys.modules[s.name] = m; s.loader.exec_module(m); m.main(sys.argv[2:])"
@@ -127,6 +129,10 @@ def _stacked(pieces: Sequence[np.ndarray]) -> np.ndarray:
 # ---- the server -------------------------------------------------------------------------------------------------------------------------
 
 
+class Unready(Exception):
+    """No scorer to answer with."""
+
+
 class Service(ThreadingHTTPServer):
     """Answers requests one after another, each in calls of at most `batch` pictures (0: all at once). What the scorer raises makes the
     pictures of that call failed ones; `mistakes` are told to the asker as such."""
@@ -138,6 +144,8 @@ class Service(ThreadingHTTPServer):
         self.name, self.batch, self.mistakes = name, batch, mistakes
         self.scorer: Scorer | None = None
         self.judged, self.failed, self.warm_up = 0, 0, "not yet"
+        self.askers: set[threading.Thread] = set()
+        """Of requests that have arrived and are not answered yet."""
         self._turn = threading.Lock()
 
     @property
@@ -146,21 +154,27 @@ class Service(ThreadingHTTPServer):
 
     def run(self, load: Callable[[], Scorer], size: tuple[int, int]) -> None:
         """Says where it listens, loads the scorer, has it judge a grey picture of `size` (H, W), and answers until Ctrl-C. Requests that
-        come while it loads wait for it."""
+        come while it loads wait for it; they are told where it cannot be loaded, which is raised."""
         sys.stdout.write(f"{self.name} at {self.url}\n")
         sys.stdout.flush()
         listener = threading.Thread(target=self.serve_forever, daemon=True)
         try:
             with self._turn:
                 listener.start()
-                scorer = load()
-                self.warm_up = self._warm(scorer, size)
+                try:
+                    scorer = load()
+                    self.warm_up = self._warm(scorer, size)
+                except BaseException as error:  # Ctrl-C too
+                    self.warm_up = f"its scorer was not loaded ({type(error).__name__}: {error})"
+                    raise
                 self.scorer = scorer
             listener.join()
         except KeyboardInterrupt:
             pass
         finally:
             self.shutdown()
+            for asker in () if self.scorer else tuple(self.askers):
+                asker.join(LAST_WORDS)
             self.server_close()
 
     def _warm(self, scorer: Scorer, size: tuple[int, int]) -> str:
@@ -176,7 +190,8 @@ class Service(ThreadingHTTPServer):
         return {"scorer": self.name, "ready": ready, "judged": self.judged, "failed": self.failed, "warm_up": self.warm_up}
 
     def answer(self, data: bytearray, arrived: float) -> bytes:
-        """To a request that `arrived` (time.monotonic). ValueError: no request; TimeoutError: the asker does not wait any more."""
+        """To a request that `arrived` (time.monotonic). ValueError: no request; TimeoutError: the asker does not wait any more; Unready:
+        there will be no scorer."""
         arrays, said = unpack(data)
         images, prompts, seconds = arrays.get("images"), said.get("prompts"), said.get("seconds", 0)
         if images is None or images.ndim != 4 or images.shape[1] != 3 or not isinstance(prompts, list) or len(prompts) != len(images):
@@ -188,8 +203,10 @@ class Service(ThreadingHTTPServer):
         if not self._turn.acquire(timeout=left):
             raise TimeoutError("its turn did not come in time")
         try:
+            if self.scorer is None:
+                raise Unready(f"{self.name}: {self.warm_up}")
             size = self.batch or len(images)
-            pieces = [self._judge(images[i : i + size], prompts[i : i + size]) for i in range(0, len(images), size)]
+            pieces = [self._judge(self.scorer, images[i : i + size], prompts[i : i + size]) for i in range(0, len(images), size)]
             status = [why for _, reasons, _ in pieces for why in reasons]
             self.judged += len(images)
             self.failed += sum(map(bool, status))
@@ -205,12 +222,11 @@ class Service(ThreadingHTTPServer):
         )
         return pack(table, {"ids": ids, "status": status, "found": found})
 
-    def _judge(self, images: np.ndarray, prompts: list[dict[str, Any]]) -> tuple[Arrays, list[str], list[Any]]:
+    def _judge(self, scorer: Scorer, images: np.ndarray, prompts: list[dict[str, Any]]) -> tuple[Arrays, list[str], list[Any]]:
         """(arrays, status, found, which may be empty) of pictures that are judged together."""
-        assert self.scorer is not None
         count = len(prompts)
         try:
-            told = self.scorer(images, prompts)
+            told = scorer(images, prompts)
             arrays = columns(told)
             for name, array in arrays.items():
                 if array.shape[:1] != (count,) or array.ndim != AXES.get(name, 1):
@@ -245,14 +261,18 @@ class _Handler(BaseHTTPRequestHandler):
         data = bytearray(int(length))
         if self.rfile.readinto(data) < len(data):  # type: ignore[attr-defined]
             return None  # the asker is gone
+        asker = threading.current_thread()
+        self.server.askers.add(asker)
         try:
             return self._send(200, self.server.answer(data, arrived))
         except self.server.mistakes as error:
             return self._send(422, {"error": str(error)})
         except ValueError as error:
             return self._send(400, {"error": str(error)})
-        except TimeoutError as error:
+        except (TimeoutError, Unready) as error:
             return self._send(503, {"error": str(error)})
+        finally:
+            self.server.askers.discard(asker)
 
     def _send(self, status: int, body: bytes | dict[str, Any]) -> None:
         kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"

@@ -49,7 +49,7 @@ def results(case: Case) -> dict[str, Tensor]:
     ids, tokens = given["input_ids"], given["latent"].flatten(1, 2)
     captions = [row[:length] for row, length in zip(ids, config["lens"], strict=True)]
     missing = masked(given["orders"].flip(1), model.tokens - config["n_visible"])
-    seen, condition = known(missing), model.condition(captions)
+    seen, condition = known(missing, config["n_visible"]), model.condition(captions)
     sight, encoded = model.see(tokens, seen), model.encode(condition, tokens, seen)
     z = model(condition, tokens, seen)
     oblong, _ = _pair(case, (3, 5))
@@ -89,7 +89,8 @@ def _drawn(case: Case, captions: list[Int[Tensor, " _"]], settings: Mapping[str,
     order = torch.stack([next(draws) for _ in asked])[:rows]
     drawn = generated(model, condition[:rows], condition[rows:], order, settings, case.config["num_sampling_steps"], draws)
     copies = len(asked) // rows
-    tokens, last = drawn.tokens.repeat(copies, 1, 1), known(drawn.missing[-1]).repeat(copies, 1)
+    last = known(drawn.missing[-1], model.tokens - int(drawn.missing[-1, 0].sum())).repeat(copies, 1)
+    tokens = drawn.tokens.repeat(copies, 1, 1)
     return {
         "input_ids": pad_sequence(asked, batch_first=True, padding_value=PAD),
         "attention_mask": condition.there,

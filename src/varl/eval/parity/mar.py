@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ def _transformer(case: Case) -> dict[str, Tensor]:
     strict_load(model, case.part("sd."), str(case.file))
     kl, full = KL(model.config.tokenizer), respaced(range(STEPS))
     tokens, missing = kl.tokens(given["latent"]), masked(given["orders"], config["n_mask"])
-    seen, nothing = known(missing), torch.full_like(given["labels"], config["class_num"])
+    seen, nothing = known(missing, model.tokens - config["n_mask"]), torch.full_like(given["labels"], config["class_num"])
     condition = model.condition(given["labels"])
     z = model(condition, tokens, seen)
     results = {
@@ -260,9 +260,10 @@ def generated(
     scales = ramp if settings["cfg_schedule"] == "linear" else (settings["cfg"],) * steps
     tokens = torch.zeros(len(order), count, model.config.tokenizer.channels)
     missing, masks, latents = masked(order, count), [], []
-    for cfg, settled in zip(scales, accumulate(settled_counts(count, steps)), strict=True):
+    ends = accumulate(settled_counts(count, steps), initial=0)
+    for cfg, (before, settled) in zip(scales, pairwise(ends), strict=True):
         masks.append(missing)
-        seen, after = known(missing), masked(order, count - settled)
+        seen, after = known(missing, before), masked(order, count - settled)
         latents.append(model(condition, tokens, seen))
         now = missing & ~after
         z = latents[-1][now]
