@@ -5,6 +5,7 @@ from varl.build import build_reward
 from varl.config import ClassifierConfig, ClassScoreConfig
 from varl.errors import ConfigError, RewardError
 from varl.models.classifier import Classifier
+from varl.plan.missing import judge_of
 from varl.rewards.class_score import ClassScore
 from varl.types import Judgement, Prompt
 
@@ -39,6 +40,13 @@ def test_what_it_cannot_judge():
             make()(torch.rand(1, 3, 8, 8), [Prompt(label=label)])
     with pytest.raises(ConfigError, match=r"class_score.floor=0.0: must be below 0"):
         ClassScoreConfig(classifier="bundled:glyphs_reward", floor=0.0)
+
+
+def test_a_folder_that_is_none_is_named_by_its_setting():
+    with pytest.raises(ConfigError, match=r"class_score\.classifier='nowhere': no config\.yaml in nowhere\. Give a classifier's folder"):
+        judge_of("mine", ClassScoreConfig(classifier="nowhere"), None)
+    with pytest.raises(ConfigError, match=r"bundled/words: kind='next_scale': draws pictures, and names none"):
+        judge_of("mine", ClassScoreConfig(classifier="bundled:words"), None)
 
 
 def test_by_its_folder():

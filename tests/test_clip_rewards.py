@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,17 @@ from tiny_vision import SIDE, TOKENS, WIDTH, clip_model, save_clip, save_dino
 from varl.build import build_reward
 from varl.checkpoints.folder import write_tensors
 from varl.checkpoints.vision import files_of, from_open_clip, load_clip, load_hps, open_clip_name, to_open_clip
-from varl.config import AestheticConfig, CLIPScoreConfig, HPSConfig, PickScoreConfig, WeightedReward
+from varl.config import (
+    AestheticConfig,
+    CLIPScoreConfig,
+    DINOConfig,
+    GenEvalConfig,
+    HPSConfig,
+    ImageRewardConfig,
+    PickScoreConfig,
+    VQAConfig,
+    WeightedReward,
+)
 from varl.errors import CheckpointError, ConfigError, RewardError
 from varl.models import vision
 from varl.models.vision import AestheticHead, Preprocessing, preprocess
@@ -348,6 +359,28 @@ def test_parts_that_are_not_there(tmp_path, folder, released):
         judge_of("mine", CLIPScoreConfig(model=str(tmp_path / "mute")), None)
 
 
+@pytest.mark.parametrize("config", [CLIPScoreConfig, PickScoreConfig, HPSConfig, ImageRewardConfig, GenEvalConfig, VQAConfig])
+def test_the_package_that_is_not_there(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match=r"needs the package transformers, which is not installed\. Run `pip install 'varl\[hf\]'`"):
+        judge_of("mine", config(), None)
+
+
+def test_it_is_said_of_a_folder_that_is_there_too(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match="needs the package transformers"):
+        judge_of("mine", CLIPScoreConfig(model=str(folder)), None)
+
+
+def test_a_file_that_is_none_is_not_recommended_to_be_trusted(tmp_path, released):
+    (tmp_path / "hps.pt").write_text("<html>not found</html>")
+    with pytest.raises(
+        CheckpointError, match=r"hps\.pt: cannot be read as a file of weights \(UnpicklingError: Weights only load failed\)"
+    ) as error:
+        build_reward(HPSConfig(weights=str(tmp_path / "hps.pt"), processor=str(released[2])))
+    assert "weights_only" not in str(error.value)
+
+
 def test_a_file_in_the_hubs_cache_is_found(tmp_path, monkeypatch, released):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     snapshot = tmp_path / "models--xswu--HPSv2" / "snapshots" / "0123abc"
@@ -359,8 +392,12 @@ def test_a_file_in_the_hubs_cache_is_found(tmp_path, monkeypatch, released):
 
 
 def test_folders_of_something_else(tmp_path, folder):
-    with pytest.raises(CheckpointError, match="is a dinov2, no clip"):
-        build_reward(CLIPScoreConfig(model=str(_with_tokenizer(save_dino(tmp_path / "dino"), folder))))
+    dino = str(_with_tokenizer(save_dino(tmp_path / "dino"), folder))
+    for config, setting in ((CLIPScoreConfig, "clip_score"), (PickScoreConfig, "pick_score")):
+        with pytest.raises(ConfigError, match=rf"{setting}\.model='.*dino': .*dino holds a dinov2\. Give a folder with one of these: clip"):
+            judge_of("mine", config(model=dino), None)
+    with pytest.raises(ConfigError, match=r"dino\.model=.* holds a clip\. Give a folder with one of these: dinov2"):
+        judge_of("mine", DINOConfig(model=str(folder)), lambda prompts: IMAGES)
     other = save_clip(tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     config["projection_dim"] = 10

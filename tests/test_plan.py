@@ -322,6 +322,8 @@ def test_other_doubts(config):
     assert "rollouts_per_chunk=3 is less than a group of 4" in found.warnings[0]
     assert "one chunk" in plan(replace(config, algorithm=replace(config.algorithm, rollouts_per_chunk=8)), calibrate=False).warnings[0]
     assert "differ" in plan(replace(config, sample_law=LawConfig(top_k=2)), calibrate=False).warnings[0]
+    for watched in ({}, {name: replace(part, weight=0.0) for name, part in config.rewards.items()}):
+        assert "none has a weight but 0" in plan(replace(config, rewards=watched), calibrate=False).warnings[0]
     assert "16, 48" in plan(replace(config, data=replace(config.data, image_size=(16, 48))), calibrate=False).warnings[0]
     assert "eval.samples=128" in plan(replace(config, eval=replace(config.eval, every=1)), calibrate=False).warnings[0]
 

@@ -297,6 +297,9 @@ def test_page_of_a_whole_run(whole):
     assert content["header"]["commit"] == "447c155"
     assert content["header"]["seed"] == "7"
     assert len(content["gallery"]["items"]) == 12
+    for number, item in enumerate(content["gallery"]["items"]):
+        for side in ("before", "after"):
+            assert item[side]["picture"] == data_uri(whole / f"gallery/{side}/{number:02d}.png")
     assert content["film"]["steps"] == list(range(0, 161, 10))
     assert all(shot["picture"].startswith("data:image/png;base64,") for frame in content["film"]["frames"] for shot in frame)
     assert content["film"]["frames"][0][0]["mask"][0] == "1"
@@ -326,6 +329,24 @@ def test_page_of_a_run_that_has_only_begun(tmp_path):
     assert set(content["missing"]) == {"gallery", "film", "metrics", "tables", "probe", "events", "command"}
     assert f"`varl probe {tmp_path}/config.yaml --out {tmp_path}`" in content["missing"]["probe"]
     assert content["headline"] is None
+
+
+def test_a_run_is_known_by_its_name_its_last_step_and_its_time(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 3\nalgorithm: {kind: grpo}\nmodel: m\n")
+    write_lines(tmp_path / "metrics.jsonl", [{"step": step, "seconds/total": 36.0} for step in (5, 10)])
+    content = shown(write_report(tmp_path))
+    assert content["title"] == tmp_path.name, "for want of a name the folder's"
+    assert content["header"] == {"algorithm": "grpo", "model": "m", "steps": "10", "training time": "1 min 12 s", "seed": "3"}
+    (tmp_path / "summary.json").write_text('{"seconds": 90}')
+    assert shown(write_report(tmp_path))["header"]["training time"] == "1 min 30 s", "as the summary counted it"
+
+
+def test_numbers_that_are_none_are_nothing(tmp_path):
+    (tmp_path / "config.yaml").write_text("name: x\n")
+    (tmp_path / "summary.json").write_text('{"before": {"fd": NaN}, "after": {"fd": 2.5}}')
+    content = shown(write_report(tmp_path))
+    assert content["headline"]["before"] == {"value": None, "interval": None}
+    assert content["headline"]["after"]["value"] == 2.5
 
 
 def test_no_directory_no_config_no_yaml(tmp_path):
@@ -381,7 +402,10 @@ def test_long_runs_are_means_over_spans(tmp_path):
     metrics = shown(write_report(tmp_path))["metrics"]
     assert metrics["every"] == 2
     assert metrics["columns"]["reward"] == [0.5] * POINTS
-    assert metrics["steps"][:3] == [1, 3, 5]
+    assert metrics["steps"] == list(range(1, 2 * POINTS, 2)), "the last step of each span"
+    write_lines(tmp_path / "metrics.jsonl", [{"step": step, "reward": step} for step in range(POINTS + 1)])
+    metrics = shown(write_report(tmp_path))["metrics"]
+    assert (metrics["steps"][-1], metrics["columns"]["reward"][-1]) == (POINTS, POINTS), "alone in its span"
 
 
 @pytest.mark.parametrize(
@@ -430,6 +454,20 @@ def test_summary_tables():
     assert seeds["rows"][0]["cells"]["seed"]["value"] == 4
 
 
+def test_what_is_no_number_is_said_in_words():
+    assert measures({"best": True, "worst": False, "engine": None, "laws": [1, 0.5]}) == {
+        "best": "yes",
+        "worst": "no",
+        "engine": "–",
+        "laws": "1, 0.5",
+    }
+
+
+def test_a_row_is_named_by_the_whole_way_to_it():
+    (table,) = tables({"judges": {"ours": {"hot": {"ned": 1}, "cold": {"ned": 2}}, "theirs": {"other": {"ned": 3}}}})
+    assert [row["label"] for row in table["rows"]] == ["ours / hot", "ours / cold", "theirs / other"]
+
+
 def test_a_sweep_before_and_after_lies_side_by_side():
     (sweep,) = tables({"sweep": {side: {"0.5": {"ned": value}, "1.0": {"ned": value}} for side, value in (("before", 1), ("after", 2))}})
     assert [row["label"] for row in sweep["rows"]] == ["0.5", "1.0"]
@@ -447,9 +485,13 @@ def test_what_varl_eval_found_is_a_table(tmp_path):
 
 def test_headline_falls_back_to_evaluations_then_to_the_reward(tmp_path):
     (tmp_path / "config.yaml").write_text("name: x\n")
-    write_lines(tmp_path / "metrics.jsonl", [{"step": k, "reward": float(k), "eval/ned": k / 10} for k in range(4)])
+    lines = [{"step": k, "reward": float(k), "eval/ned": k / 10} for k in range(4)]
+    write_lines(tmp_path / "metrics.jsonl", lines)
     found = headline(read_run(tmp_path))
     assert (found["metric"], found["before"]["value"], found["after"]["value"]) == ("ned", 0.0, 0.3)
+    write_lines(tmp_path / "metrics.jsonl", [line | {"eval/word_accuracy": line["step"] / 5} for line in lines])
+    found = headline(read_run(tmp_path))
+    assert (found["metric"], found["before"]["value"], found["after"]["value"]) == ("word_accuracy", 0.0, 0.6), "the first of HEADLINES"
     write_lines(tmp_path / "metrics.jsonl", [{"step": k, "reward": float(k)} for k in range(4)])
     found = headline(read_run(tmp_path))
     assert (found["metric"], found["before"]["value"], found["after"]["value"]) == ("reward", 0.5, 2.5)
@@ -463,6 +505,9 @@ def test_probe_charts():
         {"name": "signal_share", "points": [{"name": "0", "value": 0.4, "interval": [0.3, 0.5]}]},
         {"name": "variance_share", "points": [{"name": "2", "value": 0.7, "interval": None}]},
     ]
+    assert drawn["facts"] == {}
+    rest = probe({"variance_share": [], "seconds_per_picture": 0.5, "recommendations": ["more"]})
+    assert rest == {"charts": [], "recommendations": ["more"], "facts": {"seconds_per_picture": {"value": 0.5, "interval": None}}}
     assert probe({}) == {}
 
 
@@ -655,6 +700,13 @@ def test_compare(whole, tmp_path):
     assert ["algorithm.grpo.panw_alpha", "0.7", "0.0"] in content["settings"]
     assert [name for name, *_ in content["metrics"]][:1] == ["eval/word_accuracy"]
     assert {len(chart["series"]) for chart in content["curves"]} == {2}
+    (reward,) = (chart for chart in content["curves"] if chart["name"] == "reward")
+    assert [(line["run"], line["x"][-1]) for line in reward["series"]] == [(0, 160), (1, 40)]
+    ended, columns = {name: values for name, *values in content["metrics"]}, [read_run(run).columns for run in (whole, other)]
+    assert ended["after/word_accuracy"] == [0.781, 0.781]
+    assert ended["kl"] == pytest.approx([statistics.mean(column["kl"][-10:]) for column in columns])
+    assert ended["reward_calls"] == [256 * 160, 256 * 40], "a count as it was written last"
+    assert ended["eval/ned"] == [column["eval/ned"][-1] for column in columns]
     assert compare([whole, other]) == whole.parent / "compare.html"
     text = compare_text([whole, other])
     assert re.search(r"algorithm\.grpo\.panw_alpha +0\.7 +0\.0\n", text)
@@ -680,8 +732,21 @@ def test_equal_runs_are_called_equal(tmp_path):
         "\nThe configurations agree.\n"
         "\nSame seed, same number of judged pictures, same time.\n"
     )
+    write_lines(tmp_path / "b/metrics.jsonl", [{"step": k, "seconds/total": 2.1, "reward_calls": 24} for k in range(3)])
+    assert "wall clocks" not in compare_text([tmp_path / "a", tmp_path / "b"]), "5 %"
+    write_lines(tmp_path / "b/metrics.jsonl", [{"step": k, "seconds/total": 2.2, "reward_calls": 24} for k in range(3)])
+    assert "Unequal: wall clocks differ (a: 6 s, b: 7 s)." in compare_text([tmp_path / "a", tmp_path / "b"])
+    write_lines(tmp_path / "b/metrics.jsonl", [{"step": k, "reward_calls": 24} for k in range(3)])
+    assert "Unequal: wall clocks differ (a: 6 s, b: unknown)." in compare_text([tmp_path / "a", tmp_path / "b"])
     (tmp_path / "b/summary.json").write_text('{"reward_calls": 99}')
     assert "Unequal: judged pictures differ (a: 24, b: 99)." in compare_text([tmp_path / "a", tmp_path / "b"])
+
+
+def test_runs_of_one_name_go_by_their_folders(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("name: same\n")
+    assert shown(compare([tmp_path / "a", tmp_path / "b"]))["runs"] == [str(tmp_path / "a"), str(tmp_path / "b")]
 
 
 def test_one_run_is_no_comparison(whole):

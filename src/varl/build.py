@@ -22,7 +22,7 @@ from varl.checkpoints import model as model_folder
 from varl.checkpoints.folder import strict_load
 from varl.checkpoints.hpsv3 import load_hpsv3
 from varl.checkpoints.image_reward import load_image_reward
-from varl.checkpoints.model import Pair, model_path
+from varl.checkpoints.model import Pair, classifier_path, model_path
 from varl.checkpoints.objects import folders_of, load_answerer, load_colours, load_detector
 from varl.checkpoints.released import read_weights
 from varl.checkpoints.text_encoder import load_text_encoder
@@ -261,7 +261,7 @@ def build_reward(config: RewardConfig, pictures: PicturesOf | None = None) -> Re
         case ReconstructionConfig():
             return ReconstructionReward(config, demand_pictures("reconstruction", pictures), *open_network(config))
         case ClassScoreConfig():
-            return ClassScore(model_folder.load_classifier(model_path(config.classifier)), config.floor)
+            return ClassScore(model_folder.load_classifier(classifier_path(config.classifier, "class_score.classifier")), config.floor)
         case CLIPScoreConfig():
             return TextMatch(load_clip(files_of(config)), clip_score, config.batch)
         case PickScoreConfig():

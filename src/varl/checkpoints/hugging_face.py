@@ -24,7 +24,7 @@ def transformers() -> Any:
 def require_transformers() -> None:
     """ConfigError where the package is not installed."""
     if find_spec("transformers") is None:
-        raise ConfigError("this model needs the package transformers, which is not installed. Run `pip install 'varl[hf]'`.")
+        raise ConfigError("this needs the package transformers, which is not installed. Run `pip install 'varl[hf]'`.")
 
 
 def find(name: str, setting: str) -> Path:
@@ -36,6 +36,14 @@ def find(name: str, setting: str) -> Path:
     if not any(weights for kind in WEIGHTS for weights in path.glob(kind)):
         raise ConfigError(f"{setting}={name!r}: {path} holds no weights ({', '.join(WEIGHTS)}). {_fetch(name)}")
     return path
+
+
+def find_kind(name: str, setting: str, *kinds: str) -> Path:
+    """`find` of a model of one of these kinds, which its config.json calls `model_type`."""
+    folder = find(name, setting)
+    if (kind := told_by(folder).get("model_type")) not in kinds:
+        raise ConfigError(f"{setting}={name!r}: {folder} holds a {kind}. Give a folder with one of these: {', '.join(kinds)}.")
+    return folder
 
 
 def find_folder(name: str, setting: str) -> Path:
@@ -80,7 +88,7 @@ def _folder(name: str, setting: str, advice: str) -> Path:
     if path.is_dir():
         return path
     if not is_hub_name(name):
-        raise ConfigError(f"{setting}={name!r}: there is no such folder. Give one, or a hub name such as google/flan-t5-xl.")
+        raise ConfigError(f"{setting}={name!r}: there is no such folder. Give one, or a hub name, OWNER/NAME.")
     require_transformers()
     hub = importlib.import_module("huggingface_hub")
     try:

@@ -32,18 +32,26 @@ Pair = OwnPair | tuple[Janus, VQ] | tuple[Harmon, KL]
 """A model that a policy acts with, and its tokenizer."""
 
 
-def model_path(name: str) -> Path:
-    """Where a model folder lies: a path, `bundled:NAME` for one that comes with VARL, or a name on the Hugging Face hub."""
+DRAWS = "a model folder (made by `varl pretrain` or `varl convert`), bundled:words, or a Janus-Pro or a Harmon from Hugging Face"
+NAMES = "a classifier's folder (made by `varl pretrain`), or bundled:glyphs_reward"
+"""What may be given."""
+
+
+def model_path(name: str, setting: str = "model", wanted: str = DRAWS) -> Path:
+    """Where a model folder lies: a path, `bundled:NAME` for one that comes with VARL, or a name on the Hugging Face hub. `setting` says in
+    an error what was set to it, and `wanted` to what it may be set."""
     kind, _, bundled = name.partition(":")
     path = Path(str(files("varl") / "bundled" / bundled)) if kind == "bundled" else Path(name)
     if not path.exists() and hugging_face.is_hub_name(name):
-        path = hugging_face.find(name, "model")
+        path = hugging_face.find(name, setting)
     if not is_model_folder(path):
-        raise ConfigError(
-            f"model={name!r}: no config.yaml in {path}. Give a model folder (made by `varl pretrain` or `varl convert`), bundled:words, or "
-            "a Janus-Pro or a Harmon from Hugging Face."
-        )
+        raise ConfigError(f"{setting}={name!r}: no config.yaml in {path}. Give {wanted}.")
     return path
+
+
+def classifier_path(name: str, setting: str) -> Path:
+    """The same of a classifier."""
+    return model_path(name, setting, NAMES)
 
 
 def save(path: Path | str, model: OwnModel | Janus | Harmon, tokenizer: nn.Module, notes: Mapping[str, Any]) -> Path:
@@ -77,7 +85,10 @@ def load(path: Path | str) -> Pair:
 
 def load_classifier(path: Path | str) -> Classifier:
     """As strictly; frozen, in eval mode."""
-    classifier = Classifier(classifier_from_yaml(load_config(path)))
+    try:
+        classifier = Classifier(classifier_from_yaml(load_config(path)))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     strict_load(classifier, load_tensors(path, "model"), f"{path}/model.safetensors")
     return classifier.eval().requires_grad_(False)
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, assert_never
 
-from varl.checkpoints.hugging_face import find, told_by
+from varl.checkpoints.hugging_face import find_kind, require_transformers, told_by
 from varl.checkpoints.vision import (
     BICUBIC,
     PREPROCESSING,
@@ -17,7 +17,7 @@ from varl.checkpoints.vision import (
     with_processor,
 )
 from varl.config import GenEvalConfig, GroundingDINOConfig, ObjectRewardConfig, VQAConfig
-from varl.errors import CheckpointError, ConfigError
+from varl.errors import CheckpointError
 from varl.models.detection import BoxDetector, ClosedDetector, Detector, GroundingDetector, Segmenter, vocabulary
 from varl.models.vision import CLIP, Scaling
 from varl.models.vqa import BLIP, GIT, Asked
@@ -38,6 +38,7 @@ BILINEAR = 2
 def folders_of(config: ObjectRewardConfig) -> tuple[Path, ...]:
     """Where the networks lie that this reward needs, and first the one that looks or answers. No weight is read; ConfigError says what is
     missing and how to get it, or that a folder holds another kind of model."""
+    require_transformers()
     match config:
         case GenEvalConfig():
             return find_detector(config.detector, "geneval.detector"), find_clip(config.clip, "geneval.clip")
@@ -59,10 +60,8 @@ def find_clip(name: str, setting: str) -> Path:
 
 
 def _find(name: str, setting: str, kinds: tuple[str, ...], *further: tuple[str, ...]) -> Path:
-    folder = find(name, setting)
-    if (kind := told_by(folder).get("model_type")) not in kinds:
-        raise ConfigError(f"{setting}={name!r}: {folder} holds a {kind}. Give a folder with one of these: {', '.join(kinds)}.")
-    wanted = (*further, TOKENIZER) if kind == "grounding-dino" else further
+    folder = find_kind(name, setting, *kinds)
+    wanted = (*further, TOKENIZER) if told_by(folder)["model_type"] == "grounding-dino" else further
     return with_processor(folder, setting, PREPROCESSING, *wanted)
 
 

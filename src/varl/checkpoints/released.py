@@ -48,7 +48,8 @@ def read_file(path: Path) -> ReleasedFile:
             mapped = zipfile.is_zipfile(path)  # torch's format of old is not
             return ReleasedFile(path=path, content=torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
     except Exception as error:
-        raise CheckpointError(f"{path}: cannot be read as a file of weights ({error}). Is it there, and was it copied whole?") from error
+        reason = f"{type(error).__name__}: {str(error).partition('. ')[0]}"  # torch goes on to advise that the file be trusted
+        raise CheckpointError(f"{path}: cannot be read as a file of weights ({reason}). Is it there, and was it copied whole?") from error
 
 
 def read_weights(path: Path, *places: str) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from varl.checkpoints.folder import require_fit, shapes_of
-from varl.checkpoints.hugging_face import find, find_file, find_folder, transformers
+from varl.checkpoints.hugging_face import find_file, find_folder, find_kind, require_transformers, transformers
 from varl.checkpoints.released import read_weights
 from varl.config import (
     AestheticConfig,
@@ -44,12 +44,13 @@ class Files(NamedTuple):
 
 def files_of(config: NetworkRewardConfig) -> Files:
     """Where everything lies that this reward needs. Nothing is read; ConfigError says what is missing and how to get it."""
+    require_transformers()
     match config:
         case CLIPScoreConfig():
-            folder = find(config.model, "clip_score.model")
+            folder = find_kind(config.model, "clip_score.model", "clip")
             return Files(folder, with_processor(folder, "clip_score.model", PREPROCESSING, TOKENIZER))
         case PickScoreConfig():
-            folder = find(config.model, "pick_score.model")
+            folder = find_kind(config.model, "pick_score.model", "clip")
             setting = "pick_score.processor"
             return Files(folder, with_processor(find_folder(config.processor, setting), setting, PREPROCESSING, TOKENIZER))
         case HPSConfig():
@@ -70,7 +71,7 @@ def files_of(config: NetworkRewardConfig) -> Files:
             setting = "hpsv3.processor"
             return Files(file, with_processor(find_folder(config.processor, setting), setting, ("config.json",), TOKENIZER))
         case AestheticConfig():
-            folder = find(config.model, "aesthetic.model")
+            folder = find_kind(config.model, "aesthetic.model", "clip")
             if not Path(config.head).is_file():
                 raise ConfigError(
                     f"aesthetic.head={config.head!r}: there is no such file. Get sac+logos+ava1-l14-linearMSE.pth from "
@@ -78,7 +79,7 @@ def files_of(config: NetworkRewardConfig) -> Files:
                 )
             return Files(folder, with_processor(folder, "aesthetic.model", PREPROCESSING, TOKENIZER))
         case DINOConfig():
-            folder = find(config.model, "dino.model")
+            folder = find_kind(config.model, "dino.model", "dinov2")
             return Files(folder, with_processor(folder, "dino.model", PREPROCESSING))
     assert_never(config)
 
@@ -109,9 +110,6 @@ def whole(cls: str, folder: Path) -> Any:
     package = transformers()
     wanted = getattr(package, cls)
     try:
-        kind = package.AutoConfig.from_pretrained(folder, local_files_only=True).model_type
-        if kind != wanted.config_class.model_type:
-            raise CheckpointError(f"{folder}: is a {kind}, no {wanted.config_class.model_type}. Give the reward's own model.")
         model, report = wanted.from_pretrained(
             folder, local_files_only=True, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )

@@ -25,6 +25,12 @@ class OCRConfig:
     timeout: float = 20.0
     """Seconds for one batch of one worker, after which it is replaced and its pictures are NaN."""
 
+    def __post_init__(self) -> None:
+        demand("ocr.workers", self.workers, self.workers >= 0, "1 or more, or 0 to read in this process")
+        demand("ocr.timeout", self.timeout, 0 < self.timeout < math.inf, "above 0 and finite")
+        if not self.letters:
+            raise ConfigError("ocr.letters='': the reader answers with these letters and no others. Name those that words are made of.")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PythonRewardConfig:
@@ -315,3 +321,7 @@ RewardConfig = (
 class WeightedReward:
     reward: RewardConfig = OCRConfig()
     weight: float = 1.0
+    """0 is watched alone."""
+
+    def __post_init__(self) -> None:
+        demand("weight", self.weight, math.isfinite(self.weight), "finite")

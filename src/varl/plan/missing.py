@@ -303,6 +303,8 @@ def doubts(config: RunConfig, updates: Sequence[Update], steps: int) -> list[str
         found.append(f"train.save_every={train.save_every} is beyond the last of {train.steps} steps: a kill loses everything.")
     if train.optim.warmup_steps >= train.steps:
         found.append(f"train.optim.warmup_steps={train.optim.warmup_steps}: the run of {train.steps} steps never leaves the warm-up.")
+    if not any(part.weight for part in config.rewards.values()):
+        found.append("rewards: none has a weight but 0, so no picture is better than another and nothing is learned from them.")
     if config.sample_law != config.score_law:
         found.append("sample_law and score_law differ: what is drawn is not what is trained. The metrics sampling/law_* say by how much.")
     return found

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import cast
 
 from varl.checkpoints.folder import strict_load
-from varl.checkpoints.model import load_classifier, model_path
+from varl.checkpoints.model import classifier_path, load_classifier
 from varl.checkpoints.released import read_weights
 from varl.config import ReconstructionConfig
 from varl.models.classifier import FeatureMaps
@@ -26,5 +26,5 @@ def open_network(config: ReconstructionConfig) -> tuple[Features | None, Distanc
 def open_features(name: str) -> Features:
     """The feature maps of the classifier in the folder `name` or in `bundled:NAME`, or the callable at `module:function`."""
     if name.startswith("bundled:") or Path(name).is_dir():
-        return FeatureMaps(load_classifier(model_path(name))).eval()
+        return FeatureMaps(load_classifier(classifier_path(name, "reconstruction.features"))).eval()
     return cast(Features, load_callable(name))

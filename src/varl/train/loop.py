@@ -269,7 +269,8 @@ class Trainer:
         if p.idle >= c.idle_steps:
             return (
                 f"nothing to learn: for {p.idle} steps in a row every advantage, or the gradient, was 0. The reward is constant inside "
-                "each group (solved, or out of reach). Mix in a denser reward, or sample harder prompts."
+                "each group (solved, or out of reach), or failed (the metric reward_failed). Mix in a denser reward, sample harder "
+                "prompts, or mend the judge."
             )
         if all_sum(float(self.stop_asked.is_set())) > 0:
             return STOPPED
