@@ -19,7 +19,7 @@ from varl.errors import DataError
 from varl.report import compare, compare_text, write_report
 from varl.report.data import by_column, read_lines, read_run
 from varl.report.page import POINTS, define, duration, span_mean
-from varl.report.pictures import DRAW_SIDE, MOST_DRAWS, data_uri, draws, telling, thin
+from varl.report.pictures import DRAW_SIDE, DRAWS_BYTES, FILM_BYTES, MOST_DRAWS, data_uri, draws, size, telling, thin
 from varl.report.summary import headline, measures, nested, probe, tables
 
 GRIDS = [[1, 1], [1, 4], [2, 8], [3, 12], [4, 16]]
@@ -637,6 +637,7 @@ def test_large_draws_still_make_a_small_page(tmp_path):
     film = shown(page)["film"]
     assert page.stat().st_size < 3_000_000
     assert 2 <= len(film["steps"]) == 8 - film["left_out"] < 8
+    assert FILM_BYTES < size(film["frames"]) <= FILM_BYTES + DRAWS_BYTES, "draws come on top"
     assert len(film["frames"][0][0]["draws"]) == 8
     content = base64.b64decode(film["frames"][0][0]["draws"][7]["picture"].removeprefix("data:image/jpeg;base64,"))
     assert Image.open(io.BytesIO(content)).size == (DRAW_SIDE, DRAW_SIDE)

@@ -1,12 +1,14 @@
 """Rewards tried on real pictures, from the command line and by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
 
 from tiny import status
-from varl.config import ClassScoreConfig, PicturesConfig, PythonRewardConfig, RunConfig, SSIMConfig, WeightedReward
-from varl.errors import DataError
+from varl.config import ClassScoreConfig, PicturesConfig, PythonRewardConfig, RunConfig, ServedRewardConfig, SSIMConfig, WeightedReward
+from varl.errors import ConfigError, DataError
 from varl.plan.rewards import peak_bytes, said, try_reward, try_rewards
 from varl.rewards.toy import brightness
 from varl.settings import to_yaml
@@ -57,6 +59,12 @@ def test_from_the_command_line(folder, tmp_path, capfd, monkeypatch):
     assert "0 of 6" in told
     assert status("reward-check", str(tmp_path / "run.yaml"), "--pictures", str(tmp_path / "none")) == 2
     assert "there is no such folder" in capfd.readouterr().err
+
+
+def test_a_judge_that_is_not_there_is_not_a_reward_that_fails(folder):
+    rewards = {**run(folder).rewards, "far": WeightedReward(reward=ServedRewardConfig(url="http://127.0.0.1:9"))}
+    with pytest.raises(ConfigError, match=r"no reward service answers at http://127\.0\.0\.1:9"):
+        try_rewards(replace(run(folder), rewards=rewards), folder, 4)
 
 
 def test_failures_are_counted_and_readers_closed():

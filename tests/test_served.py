@@ -612,6 +612,7 @@ def test_a_runs_reward_is_served_as_it_is_and_judges_the_same(tmp_path):
         (["TWO", "--reward", "ocr"], "is none of the rewards"),
         (["TWO", "--set", "rewards={far: {reward: {kind: served, url: http://h:1}}}"], "is served already"),
         (["m:f", "--port", "TAKEN"], "Address already in use.*Port 0 takes one that is free"),
+        (["mine.py"], "'mine.py': must be module:function or path.py:function"),
         (["no_such_module:f"], "module no_such_module cannot be imported"),
         (["TWO", "--set", "rewards={apart: {reward: {kind: python, target: 'm:f', groupwise: true}}}"], "compares the pictures of a group"),
     ],
@@ -623,7 +624,7 @@ def test_what_cannot_be_served_is_said(words, says, tmp_path, capfd):
         assert status("reward-serve", *(known.get(word, word) for word in words)) == 2
     told = capfd.readouterr()
     assert re.search(says, " ".join(told.err.split()))
-    assert told.out == ("" if words != ["no_such_module:f"] else told.out), "nothing was started"
+    assert not told.out or words in (["no_such_module:f"], ["mine.py"]), "nothing was started"
 
 
 def test_a_plan_says_that_nobody_answers():

@@ -811,7 +811,7 @@ def reward_serve(
 
 def is_config(target: str) -> bool:
     """Whether `target` is a recipe or a YAML file; else it is a callable."""
-    return ":" not in target or Path(target).suffix in (".yaml", ".yml")
+    return Path(target).suffix in (".yaml", ".yml") or (":" not in target and Path(target).suffix != ".py")
 
 
 @app.command()

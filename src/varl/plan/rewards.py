@@ -13,7 +13,7 @@ from varl.build import build_reward
 from varl.config import FolderConfig, PicturesConfig, RunConfig
 from varl.data.pictures import read_pictures, subset
 from varl.plan.cost import device_of
-from varl.plan.missing import config_of
+from varl.plan.missing import config_of, judge_of
 from varl.rewards.judge import judge_now
 from varl.types import Prompt, RewardFn
 
@@ -37,12 +37,14 @@ class Tried:
 
 def try_rewards(config: RunConfig, folder: Path, most: int) -> list[Tried]:
     """Each reward of the run on the pictures in `folder`, `most` of them from all over it, scaled and cut to the size that the run's data
-    has; where its data has none, the model's."""
+    has; where its data has none, the model's. VarlError says which judge is not there before one is asked."""
     device = device_of(config.train.device)
     size = config_of(config.model).image_size if isinstance(config.data, FolderConfig) else config.data.image_size
     real = read_pictures(PicturesConfig(path=str(folder), image_size=size))
     prompts = [real.prompts[i] for i in subset(len(real), min(1.0, most / len(real)), 0)]
     images = real.images(prompts).to(device)
+    for name, part in config.rewards.items():
+        judge_of(name, part.reward, real.images)
     return [try_reward(name, build_reward(part.reward, real.images), images, prompts) for name, part in config.rewards.items()]
 
 
