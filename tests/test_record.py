@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,8 +68,16 @@ def test_tensorboard_has_the_finite_scalars(tmp_path):
     assert values == [(1, "reward")]
 
 
+def begin(path: Path) -> None:
+    """A run that was stopped after its first step."""
+    run = RunDirectory(path, CONFIG)
+    run.truncate(0)
+    run.write(1, {"reward": 1.0})
+    run.close()
+
+
 def test_another_config_is_refused_with_the_difference(tmp_path):
-    RunDirectory(tmp_path, CONFIG).close()
+    begin(tmp_path)
     with pytest.raises(ConfigError) as caught:
         RunDirectory(tmp_path, override(CONFIG, ["algorithm.beta=0.1", "train.steps=7", "seed=3"]))
     assert str(caught.value) == (
@@ -79,8 +88,21 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
     RunDirectory(tmp_path, CONFIG).close()
 
 
-def test_what_may_change_is_taken_over(tmp_path):
+@pytest.mark.parametrize("left", ["nothing", "a checkpoint"])
+def test_a_run_that_came_to_no_step_may_be_begun_with_another_config(tmp_path, left):
     RunDirectory(tmp_path, CONFIG).close()
+    other = override(CONFIG, ["seed=3"])
+    if left == "a checkpoint":  # stopped before the first step
+        (tmp_path / "checkpoints" / "step-000000").mkdir(parents=True)
+        with pytest.raises(ConfigError, match="seed: 0 -> 3"):
+            RunDirectory(tmp_path, other)
+    else:
+        RunDirectory(tmp_path, other).close()
+        assert from_yaml((tmp_path / "config.yaml").read_text()) == other
+
+
+def test_what_may_change_is_taken_over(tmp_path):
+    begin(tmp_path)
     longer = dataclasses.replace(CONFIG, train=TrainConfig(steps=7, max_seconds=5.0, save_every=1, image_every=2, keep=9))
     RunDirectory(tmp_path, longer).close()
     assert from_yaml((tmp_path / "config.yaml").read_text()) == longer
@@ -108,7 +130,7 @@ def test_other_ranks_are_silent_but_know_the_metrics(tmp_path):
 
 
 def test_a_run_of_another_kind_is_refused(tmp_path):
-    RunDirectory(tmp_path / "run", CONFIG).close()
+    begin(tmp_path / "run")
     with pytest.raises(ConfigError, match="unknown key"):
         RunDirectory(tmp_path / "run", PretrainConfig(model=NextScaleConfig(text=TextConfig())))
 

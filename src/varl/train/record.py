@@ -180,9 +180,10 @@ class RunDirectory:
         self._lock.close()
 
     def _agree(self, config: Any) -> None:
-        """Writes config.yaml, or holds `config` against the one that is there."""
-        file = self.path / "config.yaml"
-        if file.exists():
+        """Writes config.yaml, or where a run has come as far as a step holds `config` against the one that is there."""
+        file, metrics = self.path / "config.yaml", self.path / "metrics.jsonl"
+        begun = any((self.path / "checkpoints").glob("step-*")) or (metrics.exists() and metrics.stat().st_size > 0)
+        if begun and file.exists():
             lines = [line for line in diff(from_yaml(file.read_text(), type(config)), config) if line.split(":")[0] not in MAY_CHANGE]
             if lines:
                 every = "\n  ".join(lines)
