@@ -627,6 +627,11 @@ def test_a_command_draws_then_scores(folder, tmp_path, capfd):
         ("drawbench", ["--reward", "no.yaml"], "--reward no.yaml: there is no such file."),
         ("drawbench", ["--reward", "a={kind: ocr}", "--reward", "a=ocr"], "--reward a=ocr: the name a is taken."),
         ("drawbench", ["--reward", "dino"], "dino"),
+        (
+            "drawbench",
+            ["--reward", "many={kind: python, target: varl.rewards.groups:pixel_diversity, groupwise: true}"],
+            "--reward many: compares the pictures of a group, and a benchmark has none.",
+        ),
         ("drawbench", ["--reward", "ocr"], "--reward ocr: 3 of 3 prompts (the first: "),
         ("hpsv3", ["--reward", "vqa"], "no objects to look for"),
         ("drawbench", ["--shard", "2/2"], "--shard '2/2': must be I/N with I from 0 to N - 1, for example 0/4."),

@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 from io import StringIO
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from tiny import TINY_MAR, TINY_RASTER, save_tiny, status, write_config
 from varl.checkpoints import model as model_folder
-from varl.cli import Bar, command_line, load, measured_line, recipes_help, training_line, warn_against_probes
+from varl.cli import Bar, command_line, load, measured_line, recipes_help, training_line, warn_against_probes, with_interval
 from varl.config import ClassifierConfig, GRPOConfig, PretrainConfig, RunConfig
 from varl.errors import ConfigError
 from varl.eval.fid import compare_sets
@@ -395,3 +396,7 @@ def test_plan_says_what_is_missing(made, capfd):
 
 def test_parity_without_a_case_fails(tmp_path):
     assert status("parity", tmp_path) == 1
+
+
+def test_a_single_prompt_has_no_interval():
+    assert [with_interval(0.5, 0.0123), with_interval(0.5, math.nan)] == ["0.5 ± 0.012", "0.5"]

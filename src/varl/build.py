@@ -335,16 +335,19 @@ def build_mixing(config: RunConfig) -> Prepare | None:
     assert_never(config.algorithm.grpo.multi_objective_aggregation)
 
 
+def refuse_groupwise(place: str, config: RewardConfig, reason: str) -> None:
+    """ConfigError for a reward that compares the pictures of a group."""
+    if isinstance(config, PythonRewardConfig) and config.groupwise:
+        raise ConfigError(f"{place}: compares the pictures of a group, and {reason}. Ask it in the run.")
+
+
 def build_served(config: RunConfig, name: str) -> Callable[[], RewardFn]:
     """What loads one of the run's rewards, to be served; ConfigError now for one that cannot be. The run's pictures are looked for when
     they are first asked for, for not all rewards do."""
     asked = config.rewards[name].reward
     if isinstance(asked, ServedRewardConfig):
         raise ConfigError(f"rewards.{name}: is served already, at {asked.url}. Give one that is not.")
-    if isinstance(asked, PythonRewardConfig) and asked.groupwise:
-        raise ConfigError(
-            f"rewards.{name}: compares the pictures of a group, and a service is not told which these are. Ask it in the run."
-        )
+    refuse_groupwise(f"rewards.{name}", asked, "a service is not told which these are")
 
     @cache
     def real() -> PicturesOf:

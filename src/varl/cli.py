@@ -567,7 +567,7 @@ def eval_fid(
     for name, value in found.items():
         half = found.get(f"{name}_ci95")
         if not name.endswith("_ci95"):
-            table.add_row(name, f"{value:,.4g}" if half is None else f"{value:.4g} ± {half:.2g}")
+            table.add_row(name, f"{value:,.4g}" if half is None else with_interval(value, half))
     out_console.print(table)
     typer.echo(str(file))
 
@@ -650,12 +650,17 @@ def benchmark_command(command: str, summary: str) -> None:
     evaluation.command(command, help=f"{summary} Draws, goes on where it stopped, and scores where a reward is named.")(run)
 
 
+def with_interval(value: float, half: float) -> str:
+    """A number and the half-width of its interval, where there is one: not of a single prompt."""
+    return f"{value:.4g}" if math.isnan(half) else f"{value:.4g} ± {half:.2g}"
+
+
 def benchmark_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """A row for each category, a column for each measure."""
     measures = list(dict.fromkeys(name.removesuffix("_ci95") for row in rows for name in row if name.endswith("_ci95")))
     table = Table("category", "pictures", *measures)
     for row in rows:
-        cells = [f"{row[name]:.4g} ± {row[f'{name}_ci95']:.2g}" if name in row else "" for name in measures]
+        cells = [with_interval(row[name], row[f"{name}_ci95"]) if name in row else "" for name in measures]
         table.add_row(row["category"], str(row.get("pictures", "")), *cells)
     return table
 

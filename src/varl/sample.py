@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from varl.build import AnyPolicy, build_reward, model_path, new_policy, require_unmasking
+from varl.build import AnyPolicy, build_reward, model_path, new_policy, refuse_groupwise, require_unmasking
 from varl.checkpoints import harmon, janus
 from varl.checkpoints import model as model_folder
 from varl.checkpoints.folder import load_config
@@ -302,6 +302,7 @@ def plan_exhibition(
         if problems:
             raise ConfigError(problems[0])
     for name, reward in judges.items():
+        refuse_groupwise(f"--reward {name}", reward, "a benchmark has none")
         judge_of(name, reward, None)
     gallery = Gallery(benchmark=benchmark, items=items, samples=count, folder=folder)
     return Exhibition(model=model, law=law, unmasking=unmasking, seed=seed, dtype=dtype, gallery=gallery, rewards=judges)
