@@ -231,7 +231,7 @@ def test_who_waits_for_a_scorer_that_cannot_be_loaded_is_told_why(capsys, caplog
         told = []
 
         def ask():
-            told.append(ServedReward(ServedRewardConfig(url=service.url, retries=1, backoff=0.01))(IMAGES, PROMPTS))
+            told.append(ServedReward(ServedRewardConfig(url=service.url, retries=0))(IMAGES, PROMPTS))
 
         asker = threading.Thread(target=ask)
 
