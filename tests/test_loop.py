@@ -1,5 +1,6 @@
 import os
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from varl.policies.next_scale import NextScalePolicy
 from varl.rewards.judge import RewardJudge
 from varl.rng import Stream
 from varl.tokenizers.multiscale_vq import MultiScaleVQ
-from varl.train.loop import STOPPED, Tally, Trainer
+from varl.train.loop import STOPPED, Tally, Trainer, ahead
 from varl.train.record import definition
 from varl.types import Prompt, Rollout, Score, TrainBatch
 
@@ -443,6 +444,23 @@ def test_a_signal_finishes_the_step(tmp_path, number):
     assert [m["step"] for m in told] == [1]
     assert not same(before, weights(t))
     assert signal.getsignal(number) is handler
+
+
+def test_a_signal_that_another_thread_gets_is_answered_within_the_step():
+    seen: list[int] = []
+
+    def pieces():
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)  # the one that draws
+        limit = time.monotonic() + 10
+        while not seen and time.monotonic() < limit:
+            time.sleep(0.01)
+        yield len(seen)
+
+    old = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    try:
+        assert list(ahead(pieces())) == [1]
+    finally:
+        signal.signal(signal.SIGUSR1, old)
 
 
 def insisting(caplog):

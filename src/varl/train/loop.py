@@ -11,7 +11,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -309,9 +309,16 @@ def ahead(pieces: Iterator[TrainBatch]) -> Iterator[TrainBatch]:
     meanwhile, so the numbers are the same. On a CPU it keeps a second core busy; on a GPU the two threads share its queue."""
     with ThreadPoolExecutor(1, thread_name_prefix="draw") as drawer:
         coming = drawer.submit(next, pieces, None)
-        while (piece := coming.result()) is not None:
+        while (piece := _result(coming)) is not None:
             coming = drawer.submit(next, pieces, None)
             yield piece
+
+
+def _result(coming: Future[Any]) -> Any:
+    """What comes of it. A signal may reach any thread, and is answered when this one wakes: so it does, every second."""
+    while not wait([coming], timeout=1.0).done:
+        pass
+    return coming.result()
 
 
 class TimedPolicy:
