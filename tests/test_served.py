@@ -246,7 +246,9 @@ def test_who_waits_for_a_scorer_that_cannot_be_loaded_is_told_why(capsys, caplog
         asker.join()
     same(told[0].value, [NAN] * 3)
     assert "status 503: here: its scorer was not loaded (ConfigError: no weights at w.pt)" in caplog.text
-    assert capsys.readouterr() == (f"here at {service.url}\n", "")
+    said = capsys.readouterr()
+    assert said.out == f"here at {service.url}\n"
+    assert "Traceback" not in said.err
 
 
 # ---- the one who asks -------------------------------------------------------------------------------------------------------------------
