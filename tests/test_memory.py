@@ -11,18 +11,23 @@ import test_policy_masked
 import toy_run
 from test_docs import released_configs
 from test_lora import FAMILIES, SMALL, adapted, caption_cache, phi  # noqa: F401
+from tiny_infinity import make_model
 from toy_run import config, metrics
 from varl.algorithms.vmr import middle_step
 from varl.build import build_policy, trains_head
-from varl.config import LawConfig, RunConfig, UnmaskingConfig, VARRLConfig
+from varl.checkpoints import model as model_folder
+from varl.config import FolderConfig, LawConfig, PythonRewardConfig, RunConfig, UnmaskingConfig, VARRLConfig, WeightedReward
+from varl.data.folder import write_folder
 from varl.errors import ConfigError
 from varl.models.layers import KVCache, recompute
+from varl.plan import plan
 from varl.plan.cost import run_memory
 from varl.plan.denoising import denoising_memory
 from varl.plan.families import MaskedFamily, cost, family_of
 from varl.policies.masked import MaskedPolicy
 from varl.recipes import recipe
 from varl.run import train
+from varl.tokenizers.bsq import BSQ
 from varl.types import Prompt
 
 GUIDED = LawConfig(cfg_scale=(2.0,))
@@ -262,3 +267,27 @@ def test_attention_keeps_no_matrix_of_pairs():
     found = cost(run, both)
     assert found.flops == 2 * (64 + 96) + 2 * 2 * (2 * 4 * 6 * 8)
     assert found.saved == 4 * (1 + 64 + 96 + 96 + 64 + 8)
+
+
+def test_a_plan_says_what_is_held_though_the_caption_encoder_is_not_there_yet(tmp_path):
+    model = make_model()
+    model_folder.save(tmp_path / "base", model, BSQ(model.config.tokenizer, model.config.grids), {})
+    write_folder(tmp_path / "data", None, [Prompt(text="a cab")])
+    asked = RunConfig(
+        model=str(tmp_path / "base"),
+        data=FolderConfig(path=str(tmp_path / "data")),
+        rewards={"bright": WeightedReward(reward=PythonRewardConfig(target="varl.rewards.toy:brightness"))},
+    )
+    found = plan(asked, calibrate=False)
+    (problem,) = found.problems
+    assert problem.startswith("captions.encoder='google/flan-t5-xl': there is no such folder")
+    assert found.memory["weights"] == 4 * sum(p.numel() for p in model.parameters())
+    assert found.updates
+
+
+def test_what_to_do_about_a_run_that_is_too_large(home, monkeypatch):
+    monkeypatch.setattr("varl.plan.device_memory", lambda device: 1)
+    ways = ["lower train.rollouts_per_backward or train.rollouts_per_draw", "set train.gradient_checkpointing=true", "train adapters"]
+    for done, left in ({}, ways), ({"gradient_checkpointing": True, "lora": SMALL}, ways[:1]):
+        (said,) = (line for line in plan(config(home, **done), calibrate=False).warnings if "would be held" in line)
+        assert [way for way in ways if way in said] == left

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from varl.algorithms.grpo import GRPO
 from varl.algorithms.mar_grpo import MARGRPO
@@ -86,6 +86,7 @@ from varl.models.next_scale import NextScale
 from varl.models.nova import NOVA, spaced
 from varl.models.raster import Raster
 from varl.models.vision import AestheticHead
+from varl.policies.acting import CaptionEncoder
 from varl.policies.infinity import InfinityPolicy
 from varl.policies.masked import MaskedPolicy
 from varl.policies.next_scale import NextScalePolicy
@@ -154,40 +155,35 @@ def new_policy(
     score_law: LawConfig = LawConfig(),
     dtype: torch.dtype = torch.float32,
     unmasking: UnmaskingConfig | None = None,
+    captions: CaptionEncoder | None = None,
 ) -> AnyPolicy:
-    """What acts with a model and its tokenizer, moved to `device` if one is given. `unmasking` is for masked models alone."""
+    """What acts with a model and its tokenizer, moved to `device` if one is given. `unmasking` is for masked models alone. Without
+    `captions` what reads them is `captions_of` the model."""
     require_unmasking(pair[0].config, unmasking)
+    laws: dict[str, Any] = {"sample_law": sample_law, "score_law": score_law, "dtype": dtype}
+    reads = captions or captions_of(pair[0], device)
+    for part in pair:
+        part.to(device)
     match pair:
         case (NextScale() as model, MultiScaleVQ() as tokenizer):
-            return NextScalePolicy(model.to(device), tokenizer.to(device), sample_law=sample_law, score_law=score_law, dtype=dtype)
+            return NextScalePolicy(model, tokenizer, **laws)
         case (Infinity() as model, BSQ() as tokenizer):
-            captions = caption_encoder(model.config.captions, device or torch.device("cpu"))
-            return InfinityPolicy(
-                model.to(device), tokenizer.to(device), captions=captions, sample_law=sample_law, score_law=score_law, dtype=dtype
-            )
-        case (Janus() as model, VQ() as tokenizer):
-            return RasterPolicy(model.to(device), tokenizer.to(device), sample_law=sample_law, score_law=score_law, dtype=dtype)
-        case (Raster() as model, VQ() as tokenizer):
-            captions = None if model.config.captions is None else caption_encoder(model.config.captions, device or torch.device("cpu"))
-            return RasterPolicy(
-                model.to(device), tokenizer.to(device), captions=captions, sample_law=sample_law, score_law=score_law, dtype=dtype
-            )
+            assert reads is not None
+            return InfinityPolicy(model, tokenizer, captions=reads, **laws)
+        case (Raster() | Janus() as model, VQ() as tokenizer):
+            return RasterPolicy(model, tokenizer, captions=reads, **laws)
         case (MAR() | NOVA() | Harmon() as model, KL() as tokenizer):
-            captions = None
-            if isinstance(model, NOVA):
-                captions = caption_encoder(model.config.captions, device or torch.device("cpu"))
-            elif isinstance(model, Harmon):
-                captions = model.read
-            return MaskedPolicy(
-                model.to(device),
-                tokenizer.to(device),
-                unmasking=unmasking or UnmaskingConfig(),
-                captions=captions,
-                sample_law=sample_law,
-                score_law=score_law,
-                dtype=dtype,
-            )
+            return MaskedPolicy(model, tokenizer, unmasking=unmasking or UnmaskingConfig(), captions=reads, **laws)
     assert_never(pair)
+
+
+def captions_of(model: nn.Module, device: torch.device | None = None) -> CaptionEncoder | None:
+    """What reads captions for a model: the encoder that its config names, which ConfigError says how to get, or a part of its own. None
+    where there are no captions, or a policy knows what reads them."""
+    if isinstance(model, Harmon):
+        return model.read
+    config = getattr(model.config, "captions", None)
+    return None if config is None else caption_encoder(config, device or torch.device("cpu"))
 
 
 def trains_head(config: RunConfig) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from varl.algorithms.var_rl import VARRL
-from varl.build import build_algorithm, caption_encoder, demand_texts, new_policy, trains_head
+from varl.build import build_algorithm, caption_encoder, captions_of, demand_texts, new_policy, trains_head
 from varl.config import ClassifierConfig, FolderConfig, MARConfig, PicturesConfig, PretrainConfig, RunConfig, UnmaskingConfig, WordsConfig
 from varl.models.classifier import Classifier
 from varl.models.lora import adapters, with_adapters
@@ -49,10 +49,6 @@ from varl.policies.masked import MaskedPolicy
 
 __all__ = ["Plan", "device_of", "format_plan", "plan"]
 
-RUN_ADVICE = (
-    "lower train.rollouts_per_backward or train.rollouts_per_draw, set train.gradient_checkpointing=true, or train adapters "
-    "(train.lora.r=32)."
-)
 PRETRAINING_ADVICE = "lower batch or tokenizer_batch."
 
 
@@ -94,7 +90,16 @@ def _of_run(config: RunConfig, calibrate: bool) -> Plan:
     if pair is None:
         return Plan(problems=tuple(problems), warnings=tuple(warnings), rewards=said)
     model_config = pair[0].config
-    policy = attempt(problems, new_policy, pair, sample_law=config.sample_law, score_law=config.score_law, unmasking=config.unmasking)
+    reads = attempt(problems, captions_of, pair[0]) or (lambda texts: [])  # nothing is read here
+    policy = attempt(
+        problems,
+        new_policy,
+        pair,
+        sample_law=config.sample_law,
+        score_law=config.score_law,
+        unmasking=config.unmasking,
+        captions=reads,
+    )
     if isinstance(policy, MaskedPolicy):
         policy.train_head(trains_head(config))
     if policy is not None and config.train.lora is not None:
@@ -133,7 +138,18 @@ def _of_run(config: RunConfig, calibrate: bool) -> Plan:
         available=device_memory(device),
         updates=updates,
     )
-    return _finished(plan, device, config.train.dtype, width, calibrate, RUN_ADVICE)
+    return _finished(plan, device, config.train.dtype, width, calibrate, _smaller(config))
+
+
+def _smaller(config: RunConfig) -> str:
+    """What is left to do about a run that is too large."""
+    train = config.train
+    ways = [
+        "lower train.rollouts_per_backward or train.rollouts_per_draw",
+        *([] if train.gradient_checkpointing else ["set train.gradient_checkpointing=true"]),
+        *([] if train.lora else ["train adapters (train.lora.r=32)"]),
+    ]
+    return f"{', or '.join(ways)}."
 
 
 def _of_pretraining(config: PretrainConfig, calibrate: bool) -> Plan:
