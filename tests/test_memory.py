@@ -8,6 +8,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 import test_policy_masked
+import test_policy_next_scale
 import toy_run
 from test_docs import released_configs
 from test_lora import FAMILIES, SMALL, adapted, caption_cache, phi  # noqa: F401
@@ -20,6 +21,7 @@ from varl.config import FolderConfig, LawConfig, PythonRewardConfig, RunConfig, 
 from varl.data.folder import write_folder
 from varl.errors import ConfigError
 from varl.models.layers import KVCache, recompute
+from varl.models.lora import ADAPTER, adapters
 from varl.plan import plan
 from varl.plan.cost import run_memory
 from varl.plan.denoising import denoising_memory
@@ -28,6 +30,7 @@ from varl.policies.masked import MaskedPolicy
 from varl.recipes import recipe
 from varl.run import train
 from varl.tokenizers.bsq import BSQ
+from varl.train.loop import REPLAY_TOLERANCE
 from varl.types import Prompt
 
 GUIDED = LawConfig(cfg_scale=(2.0,))
@@ -291,3 +294,26 @@ def test_what_to_do_about_a_run_that_is_too_large(home, monkeypatch):
     for done, left in ({}, ways), ({"gradient_checkpointing": True, "lora": SMALL}, ways[:1]):
         (said,) = (line for line in plan(config(home, **done), calibrate=False).warnings if "would be held" in line)
         assert [way for way in ways if way in said] == left
+
+
+def in_bf16(device: str):
+    policy = adapted(test_policy_next_scale.make(dtype=torch.bfloat16))
+    for _, layer in adapters(policy.module):
+        torch.nn.init.normal_(layer.lora_B[ADAPTER].weight, std=0.2, generator=torch.Generator().manual_seed(1))
+    policy.module.to(device), policy.tokenizer.to(device)
+    return policy
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_adapters_and_blocks_computed_again_in_bf16(device):
+    """Autocast is on in the backward pass as it was before it."""
+    policy = in_bf16(device)
+    rollout = policy.rollout([Prompt(label=0), Prompt(label=4)], test_policy_masked.stream(2))
+    gap = (policy.score(rollout).logp - rollout.logp).abs().max()
+    assert gap <= REPLAY_TOLERANCE[torch.bfloat16] * max(1.0, float(rollout.logp.abs().max()))
+    want, _, _ = gradient(policy, rollout)
+    recompute(policy.module.blocks)
+    found, _, calls = gradient(policy, rollout)
+    assert set(calls) == {2}
+    assert all(grad.dtype == torch.float32 and grad.any() for grad in found.values())
+    assert all(torch.equal(found[name], want[name]) for name in want)

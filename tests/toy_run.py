@@ -132,7 +132,7 @@ KILLS = {
     "in the first step, weights moved": partial(kill_at, Trainer, "_step", 1),
     "in step 4, weights moved": partial(kill_at, Trainer, "_step", 4),
     "in the save of step 4, half of its files written": partial(kill_at, folder, "write_tensors", 5),
-    "in the save of step 4, written and not yet renamed": partial(kill_at, folder, "_sync", 3),
+    "in the save of step 4, written and not yet renamed": partial(kill_at, folder, "_sync", 9),
     "after the last step, half of the model folder written": partial(kill_at, folder, "write_tensors", 13),
 }
 
