@@ -911,15 +911,16 @@ def merge(
     from varl.checkpoints import adapter as adapter_folder
     from varl.checkpoints import model as model_folder
     from varl.checkpoints.folder import refuse_strange
-    from varl.models.lora import merged, require_peft
+    from varl.models.lora import merge as merge_adapters
+    from varl.models.lora import require_peft
 
     require_peft()
     refuse_strange(out)
     base = model or adapter_folder.base_of(adapter)
     transformer, tokenizer = model_folder.load(model_folder.model_path(base))
     adapter_folder.load(adapter, transformer)
-    with merged(transformer):
-        typer.echo(str(model_folder.save(out, transformer, tokenizer, {"base": base, "adapter": str(adapter)})))
+    merge_adapters(transformer)
+    typer.echo(str(model_folder.save(out, transformer, tokenizer, {"base": base, "adapter": str(adapter)})))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from varl.distributed.reduce import all_sum
 from varl.errors import CheckpointError, ConfigError
 from varl.eval.pictures import teacher_forced_metrics
 from varl.eval.words import draw_sample, reading_metrics, token_diversity
-from varl.models.lora import chosen, merged, require_peft
+from varl.models.lora import chosen, merge, require_peft
 from varl.models.masked import MaskedModel
 from varl.plan.missing import pair_of
 from varl.rng import Stream
@@ -142,8 +142,8 @@ def _train(config: RunConfig, out: Path, tick: Tick, seat: mesh.Seat) -> Outcome
             with trainer.ema.swapped(policy.module) if trainer.ema else nullcontext():
                 if config.train.lora is not None:
                     adapter.save(out / "adapter", policy.module, config.train.lora, base=config.model)
-                with merged(policy.module):
-                    model_folder.save(out / "model", built.module, built.tokenizer, notes(trainer, config))
+                    merge(policy.module)
+                model_folder.save(out / "model", built.module, built.tokenizer, notes(trainer, config))
         return Outcome(reason=reason, model=out / "model", done=reason != STOPPED, progress=trainer.progress)
 
 

@@ -4,10 +4,8 @@
 
 B starts at 0, so the adapted model starts as the model; A is uniform within 1 / sqrt(in)."""
 
-import copy
 import importlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -82,19 +80,11 @@ def adapters(module: nn.Module) -> list[tuple[str, Any]]:
     return [(name, part) for name, part in module.named_modules() if hasattr(part, "lora_A") and hasattr(part, "base_layer")]
 
 
-@contextmanager
-def merged(module: nn.Module) -> Iterator[None]:
-    """Inside, plain layers with W + lora_alpha / r B A stand in the place of the adapted ones, if there are any; afterwards those, whose W
-    was not touched."""
-    found = adapters(module)
-    for name, layer in found:
+@torch.no_grad()
+def merge(module: nn.Module) -> None:
+    """Adds lora_alpha / r B A to each adapted layer's W, in place and one after another, and takes the adapters off: a plain model remains,
+    and no way back."""
+    for name, layer in adapters(module):
         base = layer.get_base_layer()
-        plain = copy.copy(base)
-        weight = base.weight.detach() + layer.get_delta_weight(ADAPTER).detach()
-        plain._parameters = {**base._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
-        module.set_submodule(name, plain)
-    try:
-        yield
-    finally:
-        for name, layer in found:
-            module.set_submodule(name, layer)
+        base.weight += layer.get_delta_weight(ADAPTER)
+        module.set_submodule(name, base)
