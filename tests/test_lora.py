@@ -341,3 +341,15 @@ def test_what_cannot_be_adapted_is_said_before_weights_are_loaded(home, tmp_path
         replace(asked, algorithm=masked)
     assert trains_head(replace(asked, algorithm=masked, train=replace(asked.train, lora=None)))
     assert not trains_head(asked)
+
+
+def test_without_peft_it_is_said_before_weights_are_loaded(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("varl.models.lora.find_spec", lambda name: None)
+    asked = config(home, lora=SMALL)
+    needed = r"LoRA needs the package peft, which is not installed\. Run `pip install 'varl\[lora\]'`"
+    with pytest.raises(ConfigError, match=needed):
+        train(asked, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert any("LoRA needs the package peft" in problem for problem in plan(asked, calibrate=False).problems)
+    assert status("merge", home / "lora" / "adapter", "--out", tmp_path / "merged") == 2
+    assert "LoRA needs the package peft" in capsys.readouterr().err
