@@ -222,10 +222,10 @@ def restore(trainer: Trainer, run: RunDirectory, checkpoints: Path, learners: Le
     CheckpointError where the model that the run began with is not `base`."""
     state = run_state.load_latest(checkpoints)
     if state is not None:
-        if state.extra["base"] != base:
+        if state.extra.get("base") != base:
             raise CheckpointError(
-                f"{state.path}: the run began with another model than is now where the config's `model` says, and what a run does not "
-                "train is taken from there. Put the old one back, or start afresh with another --out."
+                f"{state.path}: the run began with another model than is now where the config's `model` says, or with a VARL that did not "
+                "note it; what a run does not train is taken from there. Put the old one back, or start afresh with another --out."
             )
         fill(trained(trainer.policy.module), state.tensors["model"])
         trainer.optimizer.load_state_dict(state.tensors["optimizer"])
