@@ -227,7 +227,7 @@ def test_adapters_of_a_janus_fit_what_transformers_makes_of_its_folder(tmp_path)
     assert torch.equal(other.score(rollout).logp, policy.score(rollout).logp)
 
 
-def test_adapters_that_do_not_fit_are_refused(tmp_path):
+def test_adapters_that_do_not_fit_are_refused(tmp_path, capsys):
     policy = adapted(test_policy_next_scale.make())
     adapter.save(tmp_path / "adapter", policy.module, SMALL, base="base")
     wider = replace(test_policy_next_scale.CLASSES, width=32)
@@ -242,6 +242,13 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "theirs" / adapter.SETTINGS).write_text(json.dumps(told | {"peft_type": "IA3"}))
     with pytest.raises(CheckpointError, match="adapters of the kind 'IA3', and only LORA is read"):
         adapter.base_of(tmp_path / "theirs")
+    for said, refused in ("{", "cannot be read as JSON"), ("{}", "adapters of the kind None"):
+        (tmp_path / "theirs" / adapter.SETTINGS).write_text(said)
+        with pytest.raises(CheckpointError, match=refused):
+            adapter.base_of(tmp_path / "theirs")
+    (tmp_path / "theirs" / adapter.SETTINGS).write_text(json.dumps(told | {"base_model_name_or_path": None}))
+    assert status("merge", tmp_path / "theirs", "--out", tmp_path / "merged") == 2
+    assert "does not say what it was trained on. Give it with --model." in " ".join(capsys.readouterr().err.split())
     settings.write_text("{}")
     with pytest.raises(CheckpointError, match=r"adapter_config\.json has 2 bytes"):
         adapter.base_of(tmp_path / "adapter")

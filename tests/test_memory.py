@@ -15,9 +15,9 @@ from test_lora import FAMILIES, SMALL, adapted, caption_cache, phi  # noqa: F401
 from tiny_infinity import make_model
 from toy_run import config, metrics
 from varl.algorithms.vmr import middle_step
-from varl.build import build_policy, trains_head
+from varl.build import build_algorithm, build_policy, trains_head
 from varl.checkpoints import model as model_folder
-from varl.config import FolderConfig, LawConfig, PythonRewardConfig, RunConfig, UnmaskingConfig, VARRLConfig, WeightedReward
+from varl.config import FolderConfig, LawConfig, MiddleStep, PythonRewardConfig, RunConfig, UnmaskingConfig, VARRLConfig, WeightedReward
 from varl.data.folder import write_folder
 from varl.errors import ConfigError
 from varl.models.layers import KVCache, recompute
@@ -28,6 +28,8 @@ from varl.plan.denoising import denoising_memory
 from varl.plan.families import MaskedFamily, cost, family_of
 from varl.policies.masked import MaskedPolicy
 from varl.recipes import recipe
+from varl.rewards.judge import RewardJudge
+from varl.rewards.toy import brightness
 from varl.run import train
 from varl.tokenizers.bsq import BSQ
 from varl.train.loop import REPLAY_TOLERANCE
@@ -94,17 +96,26 @@ def test_the_gradient_is_the_same_bit_for_bit(family, lora, phi):  # noqa: F811
     assert torch.equal(policy.rollout(prompts, test_policy_masked.stream(2)).logp, rollout.logp)
 
 
+class Twice(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.tanh().tanh()
+
+
 def test_saved_bytes_by_hand():
-    """Of a VAR: what lies outside its blocks, the blocks' inputs, and a block's share of the rest."""
-    toy = replace(toy_run.MODEL, depth=3)
-    whole, again = (family_of(toy, again=again).forward(3) for again in (False, True))
-    (deeper,) = (family_of(replace(toy, depth=4)).forward(3),)
-    block, inputs = deeper.saved - whole.saved, 4 * 11 * 16
-    outside = whole.saved - 3 * block
-    # a block's modulation, keys and values of the characters are made before the blocks, and kept with what lies outside
-    assert again.flops == whole.flops
-    assert 3 * inputs < again.saved < outside + 3 * (inputs + block)
-    assert again.saved < whole.saved
+    """Of three blocks tanh(tanh(x)) after a tanh and before a product: 1 + 3 x 2 results of 4 numbers each. Where the blocks are computed
+    again, the three inputs and what goes into the product; and a third of the other three."""
+    blocks = torch.nn.ModuleList([Twice(), Twice(), Twice()])
+
+    def run() -> torch.Tensor:
+        x = torch.empty(1, 4, requires_grad=True).tanh()
+        for block in blocks:
+            x = block(x)
+        return x * x
+
+    whole, again = cost(run, blocks), cost(run, blocks, list(blocks))
+    assert whole.saved == 16 * (1 + 3 * 2)
+    assert again.saved == 16 * (3 + 1) + 16 * 3 // 3
+    assert [type(block) for block in blocks] == [Twice] * 3
 
 
 # ---- few pictures at once
@@ -317,3 +328,20 @@ def test_adapters_and_blocks_computed_again_in_bf16(device):
     assert set(calls) == {2}
     assert all(grad.dtype == torch.float32 and grad.any() for grad in found.values())
     assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+def test_whole_pictures_of_var_rl_are_drawn_a_few_at_once_too(home, held):
+    """Where the prefix is all of the picture."""
+    algorithm = VARRLConfig(
+        grpo=toy_run.GRPO, middle_step=MiddleStep(resolution=1.0), num_continuations=1, prefix_updates=1, suffix_updates=0
+    )
+    asked = replace(config(home, rollouts_per_draw=3), algorithm=algorithm)
+    policy = build_policy(asked, torch.device("cpu"), reference=False)
+    rng = test_policy_masked.stream(1)
+    judge = RewardJudge({"bright": (1.0, brightness)})
+    held.clear()
+    (piece,) = build_algorithm(algorithm, policy).collect(policy, [Prompt(text="A")], judge, rng, 0)
+    judge.close()
+    assert held == [3, 1]
+    want = policy.prefix([Prompt(text="A")] * 4, rng.repeat(4), steps=policy.layout.steps)
+    assert torch.equal(piece.rollout.actions, want.actions)

@@ -916,7 +916,9 @@ def merge(
 
     require_peft()
     refuse_strange(out)
-    base = model or adapter_folder.base_of(adapter)
+    told = adapter_folder.base_of(adapter)
+    if (base := model or told) is None:
+        raise ConfigError(f"{adapter}: does not say what it was trained on. Give it with --model.")
     transformer, tokenizer = model_folder.load(model_folder.model_path(base))
     adapter_folder.load(adapter, transformer)
     merge_adapters(transformer)

@@ -151,8 +151,12 @@ class VARRL:
 
         def draw() -> Iterator[tuple[tuple[Rollout, Rollout], Rollout]]:
             for some, address in chunks(prompts, rng, max(1, config.rollouts_per_chunk // (group * copies))):
-                prefix = policy.prefix(repeated(some, group), address.repeat(group), steps=m)
-                whole = policy.complete(prefix, address.at(FURTHER).repeat(group * copies)) if m < layout.steps else prefix
+                asked, here = repeated(some, group), address.repeat(group)
+                if m == layout.steps:
+                    prefix = whole = policy.rollout(asked, here)
+                else:
+                    prefix = policy.prefix(asked, here, steps=m)
+                    whole = policy.complete(prefix, address.at(FURTHER).repeat(group * copies))
                 yield (replace(prefix, state=None), replace(whole, state=None)), whole
 
         seen: list[Tensor] = []

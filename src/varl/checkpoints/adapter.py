@@ -8,6 +8,7 @@ from torch import nn
 
 from varl.checkpoints.folder import (
     MANIFEST,
+    bytes_of,
     damage,
     fill_folder,
     read_part,
@@ -39,17 +40,20 @@ def save(path: Path, module: nn.Module, config: LoraConfig, *, base: str) -> Pat
         settings.save_pretrained(beside)
         return {WEIGHTS: write_tensors(beside / WEIGHTS, weights), SETTINGS: seal(beside / SETTINGS)}
 
-    return fill_folder(path, fill, sum(4 * weight.numel() for weight in weights.values()))
+    return fill_folder(path, fill, bytes_of(weights))
 
 
-def base_of(path: Path) -> str:
-    """The model whose adapters a folder holds. CheckpointError for one that is damaged, or holds no LoRA."""
+def base_of(path: Path) -> str | None:
+    """The model whose adapters a folder holds, if it says so. CheckpointError for one that is damaged, or holds no LoRA."""
     if (path / MANIFEST).is_file() and (problems := damage(path)):
         raise CheckpointError(f"{path}: {'; '.join(problems)}. Copy the folder again.")
-    told: dict[str, Any] = json.loads(read_part(path, SETTINGS))
+    try:
+        told: dict[str, Any] = json.loads(read_part(path, SETTINGS))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {SETTINGS} cannot be read as JSON ({error}). Was the folder copied whole?") from error
     if told.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: holds adapters of the kind {told.get('peft_type')!r}, and only LORA is read. Merge them with peft.")
-    return told["base_model_name_or_path"]
+    return told.get("base_model_name_or_path")
 
 
 def load(path: Path, module: nn.Module) -> None:

@@ -16,7 +16,6 @@ from varl.checkpoints.folder import (
     Shapes,
     bytes_of,
     damage,
-    disk_error,
     fill_folder,
     read_tensors,
     refuse_strange,
@@ -101,14 +100,11 @@ def save(folder: Path, model: Harmon, kl: KL, notes: Mapping[str, Any]) -> Path:
         state |= {VAE + name: part.clone() for name, part in zip(names, tensor.chunk(len(names)), strict=True)}
 
     def fill(beside: Path) -> dict[str, str]:
-        try:
-            model.words.save_pretrained(beside)
-        except SafetensorError as error:
-            raise disk_error(error) from error
+        model.words.save_pretrained(beside)
         write_bytes(beside / "config.json", json.dumps(_told(model), indent=2).encode())
         write_bytes(beside / "notes.json", json.dumps(notes, indent=2).encode())
-        write_tensors(beside / "model.safetensors", state)
-        return {str(file.relative_to(beside)): seal(file) for file in sorted(beside.rglob("*")) if file.is_file()}
+        small = {str(file.relative_to(beside)): seal(file) for file in sorted(beside.rglob("*")) if file.is_file()}
+        return small | {"model.safetensors": write_tensors(beside / "model.safetensors", state)}
 
     return fill_folder(folder, fill, bytes_of(state))
 

@@ -33,5 +33,6 @@ def teacher_forced_metrics(
             parts.setdefault(name, []).append(part.float().cpu())
         with torch.no_grad():
             losses.append(-policy.score(given).logp.cpu())
-    means = {f"rewards/{name}": float(torch.cat(part).nanmean()) for name, part in parts.items() if not torch.cat(part).isnan().all()}
+    whole = {name: torch.cat(part) for name, part in parts.items()}
+    means = {f"rewards/{name}": float(part.nanmean()) for name, part in whole.items() if not part.isnan().all()}
     return {"reward": float(torch.cat(values).nanmean()), **means, "nll": float(torch.cat(losses).mean())}

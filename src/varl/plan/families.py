@@ -105,19 +105,12 @@ class Attended(torch.autograd.Function):
 
 
 def _computed_again(fn: Callable[[], Any], module: nn.Module, blocks: Sequence[nn.Module]) -> Cost:
-    whole, inputs, kinds = cost(fn, module), 0, [type(block) for block in blocks]
-
-    def count(block: nn.Module, given: tuple[Any, ...]) -> None:
-        nonlocal inputs
-        inputs += given[0].nbytes
-
-    hooks = [block.register_forward_pre_hook(count) for block in blocks]
+    whole, kinds = cost(fn, module), [type(block) for block in blocks]
     recompute(blocks)
-    outside = cost(fn, module).saved
-    for block, kind, hook in zip(blocks, kinds, hooks, strict=True):
+    kept = cost(fn, module).saved  # the blocks' inputs too
+    for block, kind in zip(blocks, kinds, strict=True):
         block.__class__ = kind
-        hook.remove()
-    return Cost(flops=whole.flops, saved=outside + inputs + (whole.saved - outside) // len(blocks))
+    return Cost(flops=whole.flops, saved=kept + (whole.saved - kept) // len(blocks))
 
 
 # ---- transformers -----------------------------------------------------------------------------------------------------------------------

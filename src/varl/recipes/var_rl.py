@@ -98,7 +98,7 @@ def words_h200() -> RunConfig:
 def infinity_2b_text() -> RunConfig:
     """Infinity-2B at 1024 pixels, words in captions: VMR, PANW and mask propagation with the paper's numbers. Not measured.
 
-    By `varl plan` 71 GB: a picture is 10,521 tokens, whose caches and activations are held for a few pictures at once."""
+    By `varl plan` 69 GB: a picture is 10,521 tokens, whose caches and activations are held for a few pictures at once."""
     return RunConfig(
         name="var_rl/infinity_2b_text",
         model="models/infinity_2b",  # ours: the paper's is NextFlow-7B, of codes where this one has bits
